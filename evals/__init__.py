@@ -1,0 +1,1 @@
+"""Tasks, prompts and metrics. Nothing here knows about caches."""

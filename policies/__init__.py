@@ -1,0 +1,1 @@
+"""KV-cache eviction policies, one file each."""

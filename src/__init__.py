@@ -1,0 +1,1 @@
+"""The engine room and the entry points of the benchmark."""

@@ -1,0 +1,8 @@
+"""The one exception for everything a user can cause."""
+
+
+class InputError(Exception):
+    """A wrong setting or input. The message is one line: the setting, its value, and what would be valid.
+
+    Entry points print it on stderr and exit with code 2; no traceback.
+    """
