@@ -1,0 +1,275 @@
+"""Load a model and its tokenizer: from the hub, a folder, the embedded weights, or with random weights.
+
+Weights are read from safetensors only (or an unpacked GGUF file): no pickle is ever opened.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from src.embedded import cached_copy, package_file
+from src.errors import InputError
+from src.hub import snapshot
+
+log = logging.getLogger(__name__)
+
+CONF = Path(__file__).resolve().parents[1] / "conf" / "model"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass
+class LoadedModel:
+    """A model ready to run, with everything the rest of the harness must know about it."""
+
+    model: PreTrainedModel  # eval mode, no gradients, on `device`
+    tokenizer: Tokenizer
+    name: str
+    stop_ids: frozenset[int]  # any of these ends an answer
+    max_prompt_tokens: int  # longer prompts lose their middle
+    context_length: int
+    random_weights: bool  # True: the answers mean nothing, only memory and speed do
+    dtype: torch.dtype
+    device: torch.device
+    chat: bool
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    source: str = ""  # where the weights came from, for the record
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding; a valid token id is below it."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    def newline_ids(self) -> frozenset[int]:
+        """The token that ends an answer of one line, as LongBench finds it: the last one of "\\n" encoded."""
+        return frozenset(self.tokenizer.encode("\n", add_special_tokens=False)[-1:])
+
+    def fit_ids(self, ids: Sequence[int]) -> list[int]:
+        """The ids modulo the vocabulary: the same ids for every real model.
+
+        A random model borrows the embedded model's tokenizer, whose vocabulary may be the larger one.
+        """
+        return [i % self.vocab_size for i in ids]
+
+
+def load_model(cfg: Mapping[str, Any] | DictConfig) -> LoadedModel:
+    """Load what a `conf/model` file describes. Keys left out have the values of `_base.yaml`."""
+    settings = {**read_yaml("_base"), **as_dict(cfg)}
+    name = model_name(settings)
+    device = choose_device(str(settings["device"]))
+    dtype = choose_dtype(str(settings["dtype"]), device)
+    if settings["like"]:
+        model, tokenizer, settings = build_random(settings, dtype, device)
+        source = f"random weights in the shape of {settings['like']}"
+    else:
+        folder, source = find_weights(settings)
+        tokenizer = load_tokenizer(folder, bool(settings["trust_remote_code"]))
+        model = load_weights(folder, dtype, device, bool(settings["trust_remote_code"]))
+    model.eval().requires_grad_(False)
+    if settings["chat_template"]:
+        tokenizer.chat_template = settings["chat_template"]
+    if settings["chat"] and not tokenizer.chat_template:
+        raise InputError(
+            f"model.chat=true: the tokenizer of {name} has no chat template; "
+            "set model.chat=false (a base model) or model.chat_template"
+        )
+    context = int(settings["context_length"] or model.config.max_position_embeddings)
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        name=name,
+        # Random weights never mean to stop, and a run that times them should not stop by chance.
+        stop_ids=frozenset() if settings["like"] else stop_ids(model, tokenizer, settings["stop_tokens"]),
+        max_prompt_tokens=prompt_limit(settings["max_prompt_tokens"], context),
+        context_length=context,
+        random_weights=bool(settings["like"]),
+        dtype=dtype,
+        device=device,
+        chat=bool(settings["chat"]),
+        template_kwargs=dict(settings["template_kwargs"] or {}),
+        source=source,
+    )
+
+
+# ---- settings ------------------------------------------------------------------------------------------
+
+
+def model_names() -> list[str]:
+    """The valid values of `model=`."""
+    return sorted(path.stem for path in CONF.glob("*.yaml") if not path.stem.startswith("_"))
+
+
+def model_settings(name: str, **overrides: Any) -> dict[str, Any]:
+    """The settings of one `conf/model` file with its base, for callers without Hydra."""
+    if name not in model_names():
+        raise InputError(f"model={name}: unknown model; valid: {', '.join(model_names())}")
+    return {**read_yaml("_base"), **read_yaml(name), **overrides}
+
+
+def model_name(cfg: Mapping[str, Any] | DictConfig) -> str:
+    """The name in folders and tables: known before anything is loaded. Random weights show in it."""
+    settings = as_dict(cfg)
+    if settings.get("name"):
+        return str(settings["name"])
+    if settings.get("like"):
+        layers = f"-{settings['layers']}layers" if settings.get("layers") else ""
+        return f"random-{settings['like']}{layers}"
+    if settings.get("path"):
+        return Path(str(settings["path"])).resolve().name.removesuffix(".gguf")
+    if settings.get("hub_id"):
+        return str(settings["hub_id"]).rsplit("/", 1)[-1].lower()
+    raise InputError("model.path=null: give model.path=FOLDER (or model.hub_id=OWNER/NAME)")
+
+
+def read_yaml(name: str) -> dict[str, Any]:
+    settings = as_dict(OmegaConf.load(CONF / f"{name}.yaml"))
+    settings.pop("defaults", None)
+    return settings
+
+
+def as_dict(cfg: Any) -> dict[str, Any]:
+    plain: Any = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
+    return dict(plain)
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            f"model.device={name}: not available here ({first_line(error)}); "
+            "valid: auto, cpu, cuda, cuda:N, mps"
+        ) from error
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name not in DTYPES:
+        raise InputError(f"model.dtype={name}: valid are auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def prompt_limit(value: int | None, context: int) -> int:
+    """LongBench's limit for this context: 4096 -> 3500, 8192 -> 7500, 16384 -> 15500."""
+    limit = int(value) if value else max(context - 590, context // 2) // 500 * 500 or context // 2
+    if not 0 < limit < context:
+        raise InputError(
+            f"model.max_prompt_tokens={limit}: must be above 0 and below the context of {context} tokens"
+        )
+    return limit
+
+
+def stop_ids(model: PreTrainedModel, tokenizer: Tokenizer, stop_tokens: Sequence[str]) -> frozenset[int]:
+    """Every way this model ends an answer. One alone is not enough: Llama 3 chats end with <|eot_id|>."""
+    found: set[int] = set()
+    for end in (
+        model.generation_config.eos_token_id if model.generation_config else None,
+        tokenizer.eos_token_id,
+    ):
+        found.update(end if isinstance(end, list) else [] if end is None else [end])
+    vocabulary = tokenizer.get_vocab()
+    for token in stop_tokens:
+        if token not in vocabulary:
+            raise InputError(f"model.stop_tokens: {token!r} is not a token of this model's tokenizer")
+        found.add(vocabulary[token])
+    return frozenset(found)
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+# ---- weights -------------------------------------------------------------------------------------------
+
+
+def find_weights(settings: Mapping[str, Any]) -> tuple[Path, str]:
+    """The folder to load from (path, installed package or hub, in this order) and a name for the record."""
+    if settings["path"]:
+        path = Path(str(settings["path"])).expanduser()
+        if path.is_file() and path.suffix == ".gguf":
+            return cached_copy(path), str(path)
+        if not path.is_dir():
+            raise InputError(
+                f"model.path={path}: no such folder; it must hold config.json, a tokenizer and *.safetensors"
+            )
+        return path, str(path)
+    if settings["package_file"]:
+        return cached_copy(package_file(str(settings["package_file"]))), str(settings["package_file"])
+    if settings["hub_id"]:
+        folder = snapshot(settings["hub_id"], settings["revision"], bool(settings["trust_remote_code"]))
+        return folder, f"{settings['hub_id']}@{folder.name}"
+    raise InputError("model.path=null: give model.path=FOLDER (or model.hub_id=OWNER/NAME)")
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Tokenizer:
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever it is, the folder lacks a tokenizer that this machine can read
+        raise InputError(f"{folder}: its tokenizer cannot be loaded ({first_line(error)})") from error
+
+
+def load_weights(
+    folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool
+) -> PreTrainedModel:
+    if not any(folder.glob("*.safetensors")):
+        pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+        reason = f"only {pickles[0]}, a pickle, which is never opened" if pickles else "no *.safetensors"
+        raise InputError(
+            f"{folder}: {reason}; convert it with save_pretrained, or choose a model with safetensors weights"
+        )
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder}: no config.json; a model folder holds it beside the weights")
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            use_safetensors=True,
+            dtype=dtype,
+            device_map=None if device.type == "cpu" else device,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except Exception as error:  # transformers raises many kinds for a model it does not know or cannot read
+        raise InputError(f"{folder}: cannot be loaded ({first_line(error)})") from error
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):  # transformers would only warn, and fill in random numbers
+        raise InputError(f"{folder}: {len(missing)} weights are missing, the first is {missing[0]}")
+    return model
+
+
+def build_random(
+    settings: dict[str, Any], dtype: torch.dtype, device: torch.device
+) -> tuple[PreTrainedModel, Tokenizer, dict[str, Any]]:
+    """Another model's real shape and limits with random weights and a borrowed tokenizer."""
+    like = str(settings["like"])
+    shaped = [name for name in model_names() if read_yaml(name).get("shape")]
+    if like not in shaped:
+        raise InputError(f"model.like={like}: no such shape; valid: {', '.join(shaped)}")
+    original = read_yaml(like)
+    shape = dict(settings["shape"] or original["shape"])
+    if settings["layers"] is not None:
+        layers = settings["layers"]
+        if not isinstance(layers, int) or not 1 <= layers <= shape["num_hidden_layers"]:
+            raise InputError(
+                f"model.layers={layers}: valid are 1 to {shape['num_hidden_layers']}, or null for all of them"
+            )
+        shape["num_hidden_layers"] = layers
+    tokenizer = load_tokenizer(cached_copy(package_file(str(settings["package_file"]))))
+    for key in ("context_length", "max_prompt_tokens"):
+        settings[key] = settings[key] or original.get(key)
+    config = AutoConfig.for_model(**shape)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model, tokenizer, settings
