@@ -147,8 +147,7 @@ def choose_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(
-            f"model.device={name}: not available here ({first_line(error)}); "
-            "valid: auto, cpu, cuda, cuda:N, mps"
+            f"model.device={name}: not available here ({first_line(error)}); valid: auto, cpu, cuda, cuda:N, mps"
         ) from error
     return device
 
@@ -165,9 +164,7 @@ def prompt_limit(value: int | None, context: int) -> int:
     """LongBench's limit for this context: 4096 -> 3500, 8192 -> 7500, 16384 -> 15500."""
     limit = int(value) if value else max(context - 590, context // 2) // 500 * 500 or context // 2
     if not 0 < limit < context:
-        raise InputError(
-            f"model.max_prompt_tokens={limit}: must be above 0 and below the context of {context} tokens"
-        )
+        raise InputError(f"model.max_prompt_tokens={limit}: must be above 0 and below the context of {context} tokens")
     return limit
 
 
@@ -220,9 +217,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Tokenizer:
         raise InputError(f"{folder}: its tokenizer cannot be loaded ({first_line(error)})") from error
 
 
-def load_weights(
-    folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool
-) -> PreTrainedModel:
+def load_weights(folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> PreTrainedModel:
     if not any(folder.glob("*.safetensors")):
         pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
         reason = f"only {pickles[0]}, a pickle, which is never opened" if pickles else "no *.safetensors"

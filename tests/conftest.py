@@ -16,9 +16,7 @@ def shared() -> Callable[[str], Path]:
     def locate(name: str) -> Path:
         path = SHARED / name
         if not path.exists():
-            message = (
-                f"needs {name} in a `shared` folder beside the checkout (benchmark assets, never committed)"
-            )
+            message = f"needs {name} in a `shared` folder beside the checkout (benchmark assets, never committed)"
             pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
         return path
 

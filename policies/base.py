@@ -1,0 +1,118 @@
+"""What a cache-eviction policy is: settings, and a few questions that the engine asks.
+
+A policy answers for one layer at a time and never sees the engine. It holds settings only (frozen
+dataclass); whatever it must remember between steps lives in a `State` that belongs to the lanes and dies
+with their samples.
+
+Shapes: `n` prompt tokens, `slots` cached tokens, `group` query heads per KV head. While decoding, tensors
+have a leading `lanes` dimension: lanes of one policy and one budget are answered together.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from src.cache import DecodeStep
+    from src.prompt_attention import PromptAttention
+
+
+@dataclass
+class State:
+    """What a policy remembers about the cached tokens of one layer.
+
+    Attributes:
+        slots: tensors that hold something for every cached token, `(lanes, kv_heads, ..., slots + 1)`. The
+            last column belongs to the incoming token; when that token is given a slot, the engine moves the
+            column there. A policy never does this book-keeping itself.
+        fixed: tensors that do not follow the slots, `(lanes, ...)`.
+    """
+
+    slots: dict[str, Tensor] = field(default_factory=dict)
+    fixed: dict[str, Tensor] = field(default_factory=dict)
+
+    def nbytes(self) -> int:
+        """Bytes of book-keeping, all lanes together."""
+        return sum(t.untyped_storage().nbytes() for t in (*self.slots.values(), *self.fixed.values()))
+
+
+@dataclass(frozen=True)
+class Policy(ABC):
+    """Decides which tokens each layer keeps.
+
+    Class attributes:
+        evicts_while_decoding: the cache never holds more than `budget` entries; otherwise it grows by one
+            entry per generated token after the prompt was cut to `budget`.
+        uses_budget: False for policies whose kept set does not depend on a budget (the full cache).
+    """
+
+    evicts_while_decoding: ClassVar[bool] = False
+    uses_budget: ClassVar[bool] = True
+
+    def least_budget(self) -> int:
+        """The smallest budget (tokens per layer and KV head) with which the policy makes sense."""
+        return 1
+
+    @abstractmethod
+    def keep_prompt(self, prompt: PromptAttention, budget: int) -> Tensor:
+        """Prompt positions to keep, ascending, `(kv_heads, k)` with `k <= budget`, int64."""
+
+    def start(self, prompt: PromptAttention, kept: Tensor, budget: int) -> State:
+        """What to remember about the kept tokens, for one lane: `slots` tensors `(kv_heads, ..., k)`."""
+        return State()
+
+    def adjust_logits(self, step: DecodeStep) -> None:
+        """Change `step.logits` in place before the softmax (StreamingLLM moves its sinks here)."""
+
+    def observe(self, step: DecodeStep, state: State) -> None:
+        """Fold one decoding step into the state; called at every step, before `evict`."""
+
+    def evict(self, step: DecodeStep, state: State) -> Tensor:
+        """The slot that the incoming token takes when the cache is full, `(lanes, kv_heads)`, int64."""
+        raise NotImplementedError(f"{type(self).__name__} does not evict while decoding")
+
+
+def keep_all(prompt: PromptAttention) -> Tensor:
+    """Every prompt position for every KV head, `(kv_heads, n)`."""
+    return torch.arange(prompt.length, device=prompt.keys.device).expand(prompt.keys.shape[0], -1)
+
+
+def lowest_slot(scores: Tensor, protected: Tensor) -> Tensor:
+    """The slot of the lowest score among those not protected; `(..., slots)` twice -> `(...)`."""
+    return scores.masked_fill(protected, torch.inf).argmin(-1)
+
+
+@dataclass(frozen=True)
+class ScorePolicy(Policy):
+    """Keep the most recent tokens and, of the older ones, those with the highest scores.
+
+    Subclasses give `recent` and `score`, and most policies need nothing else.
+    """
+
+    @abstractmethod
+    def recent(self, budget: int) -> int:
+        """How many of the latest tokens are always kept (part of the budget)."""
+
+    @abstractmethod
+    def score(self, prompt: PromptAttention, budget: int) -> Tensor:
+        """A score for every prompt token, `(kv_heads, n)`; the most recent ones' are not looked at."""
+
+    def least_budget(self) -> int:
+        return 2
+
+    def keep_prompt(self, prompt: PromptAttention, budget: int) -> Tensor:
+        if prompt.length <= budget:
+            return keep_all(prompt)
+        recent = self.recent(budget)
+        older = prompt.length - recent
+        top = self.score(prompt, budget)[:, :older].topk(budget - recent, dim=-1).indices.sort(dim=-1).values
+        return torch.cat([top, keep_all(prompt)[:, older:]], dim=-1)
+
+    def protect_recent(self, step: DecodeStep) -> Tensor:
+        """True for the slots of the last `recent` tokens, the incoming one counted, `(lanes, kv_heads, slots)`."""
+        return step.positions > (step.position - self.recent(step.budget))[:, None, None]

@@ -1,0 +1,60 @@
+"""StreamingLLM: a few attention sinks and a sliding window (Xiao et al. 2023, arXiv 2309.17453)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from policies.base import Policy, State, keep_all
+
+if TYPE_CHECKING:
+    from src.cache import DecodeStep
+    from src.prompt_attention import PromptAttention
+
+
+@dataclass(frozen=True)
+class StreamingLLM(Policy):
+    """Keep the first `sinks` tokens and the last `budget - sinks`; every new token pushes the oldest recent one out.
+
+    In the paper positions are those *inside the cache*: key number s of the cache is rotated to position s and
+    the query to the last one. Rotary attention depends on differences only, and the recent tokens are
+    contiguous, so against them nothing changes; against the sinks the query is closer by the number of evicted
+    tokens. The query is therefore turned back by that number for the sinks' logits: the paper's rule exactly,
+    at the price of one rotation per step.
+
+    Args:
+        sinks: first tokens that always stay; 4 in the paper and its code.
+        positions: "cache" as in the paper, or "original": every key keeps the position it had in the text
+            (what many re-implementations do).
+
+    The prompt itself is read with full attention, as for every policy here; the paper streams it as well.
+    """
+
+    sinks: int = 4
+    positions: Literal["cache", "original"] = "cache"
+    evicts_while_decoding: ClassVar[bool] = True
+
+    def least_budget(self) -> int:
+        return self.sinks + 1
+
+    def keep_prompt(self, prompt: PromptAttention, budget: int) -> Tensor:
+        if prompt.length <= budget:
+            return keep_all(prompt)
+        everything = keep_all(prompt)
+        return torch.cat([everything[:, : self.sinks], everything[:, prompt.length - budget + self.sinks :]], dim=-1)
+
+    def adjust_logits(self, step: DecodeStep) -> None:
+        if self.positions == "original" or self.sinks == 0:
+            return
+        evicted = (step.position - step.budget).clamp_min(0)
+        query = step.rotate(step.query, -evicted)
+        sinks = step.keys[:, :, : self.sinks]
+        step.logits[..., : self.sinks] = (query @ sinks.transpose(2, 3)) * step.scaling
+
+    def evict(self, step: DecodeStep, state: State) -> Tensor:
+        # The recent tokens stand in slots sinks.. in order of arrival and are overwritten in that order.
+        turn = (step.position - step.budget) % (step.budget - self.sinks)
+        return (self.sinks + turn)[:, None].expand(-1, step.keys.shape[1])

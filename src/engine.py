@@ -1,0 +1,284 @@
+"""Prompts and variants in, generations out: one prefill per prompt, every variant forked, lockstep decoding.
+
+`Engine.run` takes jobs (a request and the variants it is wanted under), prefills each prompt once, forks it
+into one lane per variant and decodes all lanes of a wave together, greedily. It knows no policy by name.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from policies.full import Full
+from src import attention
+from src.cache import LayerCache
+from src.errors import InputError
+from src.fidelity import FidelityMeter
+from src.jobs import Generation, Job, Request, Variant
+from src.lanes import Cell, Fork, LaneBatch, Pool, Prefill, Rotate
+from src.memory import MemoryMeter, is_out_of_memory
+from src.rotary import Rotary
+
+
+class Lane:
+    """A lane's way through a wave.
+
+    Args:
+        result: what is filled in as the lane goes.
+        fork: the cut prompt it starts from.
+        feed: tokens to be fed before anything is generated: the question (`prompt_scope=context`), and for a
+            fidelity lane the reference answer.
+        targets: for a fidelity lane, the reference token that should follow each fed token (-1: none).
+    """
+
+    def __init__(
+        self, result: Generation, fork: Fork, feed: Sequence[int], targets: Sequence[int] | None = None
+    ) -> None:
+        self.result, self.fork, self.feed, self.targets = result, fork, feed, targets
+        self.start = self.position = fork.length
+        self.done = False
+        self.first_nll: float | None = None
+        self.full: Lane = self  # a fidelity lane's counterpart with the full cache
+
+    def next_input(self) -> int:
+        fed = self.position - self.start
+        return self.feed[fed] if fed < len(self.feed) else self.result.tokens[-1]
+
+    def advance(self, token: int) -> None:
+        """One step done; `token` is what the model would say next."""
+        self.position += 1
+        if self.position - self.start < len(self.feed):
+            return
+        if self.targets is not None:
+            self.done = True
+        else:
+            self.take(token)
+
+    def take(self, token: int) -> None:
+        """A generated token."""
+        self.result.tokens.append(token)
+        if token in self.result.request.stop_ids:
+            self.result.finish, self.done = "stop", True
+        elif len(self.result.tokens) >= self.result.request.max_new_tokens:
+            self.result.finish, self.done = "length", True
+
+
+class Engine:
+    """Runs a causal language model over many (prompt, policy, budget) cells.
+
+    Args:
+        model: any model whose attention goes through transformers' attention interface.
+        max_lanes: the most lanes decoded together. At least one prompt's lanes always are.
+    """
+
+    def __init__(self, model: PreTrainedModel, max_lanes: int = 8) -> None:
+        model.set_attn_implementation(attention.NAME)
+        self.model, self.max_lanes = model.eval(), max_lanes
+        self.layers = model.config.get_text_config().num_hidden_layers
+        self.rotary = Rotary(model)
+        self.memory = MemoryMeter(model.device)
+
+    @torch.inference_mode()
+    def run(self, jobs: Iterable[Job]) -> Iterator[Generation]:
+        """Every job under each of its variants, in waves of at most `max_lanes` lanes.
+
+        Yields:
+            A `Generation` as soon as its lane has finished; one with `error` when memory ran out even alone.
+
+        Raises:
+            InputError: an empty prompt, a model that cannot be served, logits that are not numbers.
+        """
+        wave: list[Job] = []
+        for job in jobs:
+            lanes = sum(len(j.variants) * (2 if j.request.reference else 1) for j in (*wave, job))
+            if wave and lanes > self.max_lanes:
+                yield from self._wave(wave)
+                wave = []
+            wave.append(job)
+        if wave:
+            yield from self._wave(wave)
+
+    def _wave(self, jobs: list[Job]) -> Iterator[Generation]:
+        """One wave; when memory runs out, what is unfinished is tried again in halves."""
+        finished: set[tuple[int, Variant]] = set()
+        try:
+            lanes = [lane for job in jobs for lane in self._prefill(job)]
+            for result in self._decode(lanes):
+                finished.add((id(result.request), result.variant))
+                yield result
+            return
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).splitlines()[0]
+        self.memory.release()
+        left = [Job(j.request, [v for v in j.variants if (id(j.request), v) not in finished]) for j in jobs]
+        left = [j for j in left if j.variants]
+        if len(left) > 1:
+            yield from self._wave(left[: len(left) // 2])
+            yield from self._wave(left[len(left) // 2 :])
+        elif left and len(left[0].variants) > 1:
+            for variant in left[0].variants:
+                yield from self._wave([Job(left[0].request, [variant])])
+        elif left:
+            yield Generation(left[0].request, left[0].variants[0], error=f"out of memory: {reason}")
+
+    def _prefill(self, job: Job) -> list[Lane]:
+        """The prompt's forward pass, cut for every variant right after each layer's attention."""
+        request = job.request
+        scope = len(request.ids) if request.context_tokens is None else request.context_tokens
+        if scope < 1:
+            raise InputError(f"sample {request.name}: the prompt is empty; valid: at least one token")
+        cells = [variant.cell(scope) for variant in job.variants]
+        if request.reference and not any(isinstance(cell.policy, Full) for cell in cells):
+            cells.append(Cell(Full(), scope))  # what the others are compared with
+        prefill = Prefill(cells, self.layers, scope)
+        started = time.perf_counter()
+        with self.memory.phase("prefill"):
+            ids = torch.tensor([request.ids[:scope]], device=self.model.device)
+            positions = torch.arange(scope, device=ids.device)[None]
+            logits = self.model(ids, position_ids=positions, use_cache=False, logits_to_keep=1, lanes=prefill).logits[
+                :, -1
+            ]
+            token = int(choose(logits, [(request, 0)])[0])
+        seconds = time.perf_counter() - started
+        if token < 0:
+            self._refuse_nan(request, prefill.forks[0].caches, 0, "the prompt")
+        question = request.ids[scope:]
+        lanes = []
+        for variant, fork in zip(job.variants, prefill.forks, strict=False):
+            result = Generation(request, variant, prefill_seconds=seconds)
+            result.describe_prompt(fork)
+            lane = Lane(result, fork, question)
+            if not question:
+                lane.take(token)
+            lanes.append(lane)
+        if request.reference:
+            lanes += fidelity_lanes(lanes, prefill.forks, logits, question)
+        return lanes
+
+    def _decode(self, lanes: list[Lane]) -> Iterator[Generation]:
+        """All lanes in lockstep until each has finished. A result leaves when all its lanes have."""
+        batch, lanes = arrange(lanes, self.rotary.turn)
+        meter = FidelityMeter(len(lanes), self.layers, self.model.device)
+        measured = {id(lane): i for i, lane in enumerate(lanes)}
+        open_lanes: dict[int, int] = {}
+        for lane in lanes:
+            open_lanes[id(lane.result)] = open_lanes.get(id(lane.result), 0) + 1
+            lane.result.lanes = len(lanes)
+        if any(lane.targets is not None for lane in lanes):
+            batch.watch = meter.watch_layer
+        while True:
+            for row, lane in enumerate(lanes):
+                if not lane.done:
+                    continue
+                if lane.targets is None:
+                    lane.result.describe_end(batch, row)
+                else:
+                    lane.result.fidelity = meter.result(measured[id(lane)], lane.first_nll)
+                open_lanes[id(lane.result)] -= 1
+                if open_lanes[id(lane.result)] == 0 and lane.result.variant is not REFERENCE:
+                    yield lane.result
+            keep = [row for row, lane in enumerate(lanes) if not lane.done]
+            if len(keep) < len(lanes):
+                batch.select(keep)
+                lanes = [lanes[row] for row in keep]
+            if not lanes:
+                return
+            self._step(batch, lanes, meter, measured)
+
+    def _step(self, batch: LaneBatch, lanes: list[Lane], meter: FidelityMeter, measured: dict[int, int]) -> None:
+        """One token for every lane; the host waits for the device once."""
+        started = time.perf_counter()
+        targets = [lane.targets[lane.position - lane.start] if lane.targets is not None else -1 for lane in lanes]
+        rows = [row for row, target in enumerate(targets) if target >= 0]
+        if batch.watch is not None:
+            row_of = {id(lane): row for row, lane in enumerate(lanes)}
+            full = [row_of[id(lanes[row].full)] for row in rows]
+            meter.begin(rows, full, [measured[id(lanes[row])] for row in rows])
+        with self.memory.phase("decode"):
+            where = [lane.position for lane in lanes]
+            batch.position = torch.tensor(where, device=self.model.device)
+            batch.longest = max(where) + 1
+            ids = torch.tensor([[lane.next_input()] for lane in lanes], device=self.model.device)
+            logits = self.model(ids, position_ids=batch.position[:, None], use_cache=False, lanes=batch).logits[:, -1]
+            batch.t += 1
+            meter.watch_logits(logits, [targets[row] for row in rows])
+            chosen = choose(logits, [(lane.result.request, len(lane.result.tokens)) for lane in lanes]).tolist()
+        share = (time.perf_counter() - started) / len(lanes)
+        for row, (lane, token) in enumerate(zip(lanes, chosen, strict=True)):
+            if token < 0:
+                caches, pool_row = batch.locate(row)
+                where_in_text = f"the token at position {lane.position}"
+                self._refuse_nan(lane.result.request, caches, pool_row, where_in_text)
+            lane.result.decode_seconds += share
+            lane.advance(token)
+
+    def _refuse_nan(self, request: Request, caches: Sequence[LayerCache], row: int, where: str) -> None:
+        """Logits are not numbers: name the sample and the first layer that was handed something else."""
+        layers = [i for i, cache in enumerate(caches) if not cache.is_finite(row)]
+        first = f"the keys or values of layer {layers[0]}" if layers else "what follows the last layer's attention"
+        raise InputError(
+            f"sample {request.name}: logits after {where} are not numbers, first seen in {first}; "
+            "valid: finite weights, and a model.dtype that holds them (bfloat16 or float32)"
+        )
+
+
+REFERENCE = Variant(Full(), None)  # the full-cache lane that exists only to be compared with
+
+
+def fidelity_lanes(lanes: list[Lane], forks: list[Fork], logits: Tensor, question: list[int]) -> list[Lane]:
+    """Second lanes, fed the reference answer, for every lane and for the full cache.
+
+    Args:
+        lanes: the generating lanes of one prompt.
+        forks: of all its cells, one of them the full cache.
+        logits: after the last token of the prefill, `(1, vocabulary)`.
+        question: prompt tokens that were not part of the prefill.
+    """
+    request = lanes[0].result.request
+    assert request.reference is not None
+    reference = request.reference
+    feed = [*question, *reference[:-1]]
+    targets = [-1] * (len(question) - 1) + (reference if question else reference[1:])
+    first = None if question else -float(logits[0].float().log_softmax(-1)[reference[0]])
+    full_fork = next(fork for fork in forks if isinstance(fork.cell.policy, Full))
+    results = {id(lane.fork): lane.result for lane in lanes}
+    full_result = results.get(id(full_fork)) or Generation(request, REFERENCE)
+    full = Lane(full_result, full_fork, feed, targets)
+    extra = [full] + [Lane(lane.result, lane.fork, feed, targets) for lane in lanes if lane.fork is not full_fork]
+    for lane in extra:
+        lane.full, lane.first_nll, lane.done = full, first, not feed
+    return extra
+
+
+def arrange(lanes: list[Lane], rotate: Rotate) -> tuple[LaneBatch, list[Lane]]:
+    """Pools of lanes that may hold equally many entries; the lanes in the order of the batch's rows."""
+    groups: dict[object, dict[Cell, list[Lane]]] = {}
+    for lane in lanes:
+        groups.setdefault(lane.fork.pool_key(), {}).setdefault(lane.fork.cell, []).append(lane)
+    ordered: list[Lane] = []
+    pools = []
+    for cells in groups.values():
+        members = [lane for group in cells.values() for lane in group]
+        pools.append(Pool([lane.fork for lane in members], len(ordered)))
+        ordered += members
+    return LaneBatch(pools, rotate), ordered
+
+
+def choose(logits: Tensor, lanes: Sequence[tuple[Request, int]]) -> Tensor:
+    """Greedy next tokens `(lanes,)`; -1 where logits are not numbers.
+
+    Args:
+        logits: `(lanes, vocabulary)`; changed where a stop token may not come yet.
+        lanes: each lane's request and how many tokens it has generated.
+    """
+    for row, (request, generated) in enumerate(lanes):
+        if generated < request.min_new_tokens:
+            logits[row, list(request.stop_ids)] = -torch.inf
+    best = logits.max(dim=-1)
+    return torch.where(best.values.isfinite(), best.indices, -1)

@@ -1,0 +1,88 @@
+"""How close a lane stays to the full cache when both read the same reference answer (teacher forcing).
+
+A denser signal than a task's score: every reference token gives a number, on any model. Each cell gets a
+second lane, started from the same cut cache, that is fed the reference; the full cache gets one too, and at
+every step the lane's next-token distribution and attention outputs are compared with the full cache's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Comparison:
+    """A fidelity lane's sums so far. `lane` and `full` are rows of the batch at present."""
+
+    lane: int
+    full: int
+    target: int  # the reference token that should come next, -1: nothing to measure at this step
+
+
+class FidelityMeter:
+    """Sums for the fidelity lanes of one wave, kept on the device until a lane ends.
+
+    For a reference of m tokens (its end token counted):
+        nll: mean negative log-likelihood of the m tokens, nats.
+        kl: mean KL(full || lane) of the next-token distributions, nats.
+        top1: share of steps whose most likely token is the full cache's.
+        output_error: per layer, mean of ||o_lane - o_full|| / ||o_full|| of the attention outputs
+            (before the output projection; errors of earlier layers are part of it).
+    kl, top1 and output_error are means over the steps that the lane's own cache took part in: the first token
+    after the prompt comes from the prefill and is the same for all (unless `prompt_scope=context`).
+    """
+
+    def __init__(self, lanes: int, layers: int, device: torch.device) -> None:
+        self.sums = torch.zeros(lanes, 4, device=device, dtype=torch.float64)  # nll, kl, top1, steps
+        self.errors = torch.zeros(lanes, layers, device=device, dtype=torch.float64)
+        self._rows: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def begin(self, lane: Sequence[int], full: Sequence[int], index: Sequence[int]) -> None:
+        """Rows of the coming step: those of the fidelity lanes, of their full caches, and their sums' indices."""
+        device = self.sums.device
+        self._rows = (
+            (
+                torch.tensor(lane, device=device),
+                torch.tensor(full, device=device),
+                torch.tensor(index, device=device),
+            )
+            if lane
+            else None
+        )
+
+    def watch_layer(self, layer: int, out: Tensor) -> None:
+        """Attention outputs of one layer, `(lanes, 1, heads, head_dim)`."""
+        if self._rows is None:
+            return
+        lane, full, index = self._rows
+        truth = out[full].flatten(1).double()
+        error = (out[lane].flatten(1).double() - truth).norm(dim=-1) / truth.norm(dim=-1).clamp_min(1e-30)
+        self.errors[index, layer] += error
+
+    def watch_logits(self, logits: Tensor, targets: Sequence[int]) -> None:
+        """Next-token logits of the whole batch, `(lanes, vocabulary)`, and what should come next."""
+        if self._rows is None:
+            return
+        lane, full, index = self._rows
+        own, truth = logits[lane].float().log_softmax(-1), logits[full].float().log_softmax(-1)
+        target = torch.tensor(targets, device=logits.device)
+        nll = -own.gather(1, target[:, None])[:, 0]
+        kl = (truth.exp() * (truth - own)).sum(-1)
+        same = own.argmax(-1) == truth.argmax(-1)
+        self.sums[index] += torch.stack([nll, kl, same.to(nll.dtype), torch.ones_like(nll)], dim=1).double()
+
+    def result(self, index: int, first_nll: float | None) -> dict[str, float | list[float]]:
+        """Means for one lane. `first_nll`: of the first reference token, where the prefill predicted it."""
+        nll, kl, top1, steps = self.sums[index].tolist()
+        tokens = steps + (first_nll is not None)
+        return {
+            "nll": (nll + (first_nll or 0.0)) / tokens,
+            "kl": kl / steps if steps else 0.0,
+            "top1": top1 / steps if steps else 1.0,
+            "tokens": int(tokens),
+            "output_error": [e / steps if steps else 0.0 for e in self.errors[index].tolist()],
+        }

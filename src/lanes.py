@@ -1,0 +1,269 @@
+"""Lanes: how a prompt is forked into caches, and how the caches of many lanes take one decoding step.
+
+`Prefill` and `LaneBatch` are what `src.attention` hands each layer's queries, keys and values to.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from policies.base import Policy, State
+from src.cache import DecodeStep, LayerCache
+from src.prompt_attention import PromptAttention
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+Rotate = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One policy at one budget (entries per layer and KV head; resolved, never a fraction)."""
+
+    policy: Policy
+    budget: int
+
+    @property
+    def limit(self) -> int | None:
+        return self.budget if self.policy.evicts_while_decoding else None
+
+
+class Fork:
+    """One prompt under one cell: what is left of it in every layer."""
+
+    def __init__(self, cell: Cell, length: int) -> None:
+        self.cell, self.length = cell, length  # length: prompt tokens
+        self.caches: list[LayerCache] = []
+        self.states: list[State] = []
+
+    def pool_key(self) -> object:
+        """Lanes with equal keys are attended in one call: the same limit, or about the same size and growing."""
+        if self.cell.limit is not None:
+            return self.cell.limit
+        return f"grows from about 2^{round(4 * math.log2(max(c.slots for c in self.caches))) / 4}"
+
+    def add_layer(self, prompt: PromptAttention) -> None:
+        policy, budget = self.cell.policy, self.cell.budget
+        kept = policy.keep_prompt(prompt, budget)
+        self.caches.append(LayerCache.from_prompt(prompt.keys, prompt.values, kept, self.cell.limit))
+        self.states.append(policy.start(prompt, kept, budget))
+
+    def nbytes(self) -> int:
+        """Exact bytes of keys and values."""
+        return sum(cache.nbytes for cache in self.caches)
+
+    def bookkeeping_nbytes(self) -> int:
+        """Bytes kept beside keys and values: positions and the policy's state."""
+        positions = sum(cache.positions.untyped_storage().nbytes() for cache in self.caches)
+        return positions + sum(state.nbytes() for state in self.states)
+
+
+class Prefill:
+    """A prompt's forward pass: full causal attention, and every cell's cut of each layer right after it."""
+
+    def __init__(self, cells: Sequence[Cell], layers: int, length: int) -> None:
+        self.forks = [Fork(cell, length) for cell in cells]
+        self.layers, self.longest = layers, length
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, attention: Attention
+    ) -> Tensor:
+        """All prompt tokens at once: `(1, heads, n, head_dim)` in, `(1, n, heads, head_dim)` out."""
+        prompt = PromptAttention(query[0], key[0], value[0], scaling, layer, self.layers)
+        for fork in self.forks:
+            fork.add_layer(prompt)
+        return attention(query, key, value)
+
+
+class Member:
+    """Lanes of one cell inside a pool: rows `start..stop` of it, and the policy's state per layer."""
+
+    def __init__(self, cell: Cell, start: int, stop: int, states: list[State]) -> None:
+        self.cell, self.start, self.stop, self.states = cell, start, stop, states
+
+
+class Pool:
+    """Lanes that may hold equally many entries: one `LayerCache` per layer, one attention call for all.
+
+    Args:
+        forks: the lanes, those of equal cells next to each other.
+        rows: where the pool's first lane stands in the batch.
+    """
+
+    def __init__(self, forks: Sequence[Fork], rows: int) -> None:
+        self.row = rows
+        layers = range(len(forks[0].caches))
+        self.caches = [LayerCache.stack([f.caches[layer] for f in forks]) for layer in layers]
+        for fork in forks:
+            fork.caches = []  # the pool holds the lanes now
+        self.members: list[Member] = []
+        start = 0
+        while start < len(forks):
+            stop = start
+            while stop < len(forks) and forks[stop].cell == forks[start].cell:
+                stop += 1
+            states = [
+                stack_states([f.states[layer] for f in forks[start:stop]], self.caches[layer].slots) for layer in layers
+            ]
+            self.members.append(Member(forks[start].cell, start, stop, states))
+            start = stop
+
+    @property
+    def lanes(self) -> int:
+        return len(self.caches[0].used)
+
+    def step(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        position: Tensor,
+        scaling: float,
+        t: int,
+        rotate: Rotate,
+    ) -> Tensor:
+        """One token per lane: attend to cache and token, then give the token its slot.
+
+        Args:
+            query: `(lanes, kv_heads, group, head_dim)`; key and value `(lanes, kv_heads, head_dim)`.
+            position: `(lanes,)`.
+
+        Returns:
+            `(lanes, kv_heads, group, head_dim)`.
+        """
+        cache = self.caches[layer]
+        added = cache.ensure_room()
+        logits = cache.logits(query, key, scaling)
+        steps = []
+        for m in self.members:
+            rows = slice(m.start, m.stop)
+            step = DecodeStep(
+                logits=logits[rows],
+                weights=logits[rows],  # replaced below, once all policies had their word on the logits
+                query=query[rows],
+                keys=cache.keys[rows],
+                value=value[rows],
+                positions=cache.positions[rows],
+                position=position[rows],
+                budget=m.cell.budget,
+                t=t,
+                layer=layer,
+                scaling=scaling,
+                rotate=rotate,
+            )
+            m.cell.policy.adjust_logits(step)
+            steps.append(step)
+        weights = logits.softmax(dim=-1)
+        out = cache.mix(weights, value)
+        victims = []
+        evicting = cache.limit is not None and max(cache.used) >= cache.limit
+        for m, step in zip(self.members, steps, strict=True):
+            step.weights = weights[m.start : m.stop]
+            state = m.states[layer]
+            if added:
+                state.slots = {name: F.pad(tensor, (0, added)) for name, tensor in state.slots.items()}
+            m.cell.policy.observe(step, state)
+            if evicting:
+                victims.append(m.cell.policy.evict(step, state))
+        slot = cache.place(torch.cat(victims) if evicting else None)
+        for m in self.members:
+            settle(m.states[layer], slot[m.start : m.stop])
+        cache.write(slot, key, value, position)
+        return out
+
+    def select(self, keep: Sequence[int]) -> None:
+        """Keep only these lanes, in this order (ascending)."""
+        device = self.caches[0].keys.device
+        index = torch.tensor(keep, device=device)
+        for cache in self.caches:
+            cache.select(index)
+        members, start = [], 0
+        for m in self.members:
+            rows = [i - m.start for i in keep if m.start <= i < m.stop]
+            if rows:
+                at = torch.tensor(rows, device=device)
+                for state in m.states:
+                    state.slots = {name: tensor[at] for name, tensor in state.slots.items()}
+                    state.fixed = {name: tensor[at] for name, tensor in state.fixed.items()}
+                members.append(Member(m.cell, start, start + len(rows), m.states))
+                start += len(rows)
+        self.members = members
+
+
+class LaneBatch:
+    """All lanes that decode together: rows of the batch in the order of the pools.
+
+    Attributes:
+        t: tokens that every lane has taken since its prompt was cut.
+        position: original position of each lane's incoming token, `(lanes,)`; set before every step.
+        longest: the longest text of any lane so far, in tokens.
+    """
+
+    def __init__(self, pools: list[Pool], rotate: Rotate) -> None:
+        self.pools, self.rotate = pools, rotate
+        self.t, self.longest = 0, 0
+        self.watch: Callable[[int, Tensor], None] | None = None  # is shown every layer's attention outputs
+        self.position: Tensor | None = None
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, attention: Attention
+    ) -> Tensor:
+        """One token per lane: `(lanes, heads, 1, head_dim)` in, `(lanes, 1, heads, head_dim)` out."""
+        assert self.position is not None
+        lanes, heads, _, dim = query.shape
+        kv_heads = key.shape[1]
+        query = query.reshape(lanes, kv_heads, heads // kv_heads, dim)
+        key, value = key[:, :, 0], value[:, :, 0]
+        parts = []
+        for pool in self.pools:
+            rows = slice(pool.row, pool.row + pool.lanes)
+            position = self.position[rows]
+            parts.append(pool.step(layer, query[rows], key[rows], value[rows], position, scaling, self.t, self.rotate))
+        out = torch.cat(parts).view(lanes, 1, heads, -1)
+        if self.watch is not None:
+            self.watch(layer, out)
+        return out
+
+    def locate(self, row: int) -> tuple[list[LayerCache], int]:
+        """The caches that hold a row of the batch, and the lane's place in them."""
+        pool = next(p for p in self.pools if p.row <= row < p.row + p.lanes)
+        return pool.caches, row - pool.row
+
+    def select(self, keep: Sequence[int]) -> None:
+        """Keep only these rows of the batch (ascending); finished lanes leave."""
+        pools, row = [], 0
+        for pool in self.pools:
+            rows = [i - pool.row for i in keep if pool.row <= i < pool.row + pool.lanes]
+            if len(rows) < pool.lanes and rows:
+                pool.select(rows)
+            pool.row = row
+            if rows:
+                pools.append(pool)
+                row += len(rows)
+        self.pools = pools
+
+
+def stack_states(states: Sequence[State], slots: int) -> State:
+    """One state for several lanes: `slots` tensors padded to `slots + 1` columns and stacked in front."""
+
+    def padded(tensor: Tensor) -> Tensor:
+        return F.pad(tensor, (0, slots + 1 - tensor.shape[-1]))
+
+    return State(
+        slots={name: torch.stack([padded(s.slots[name]) for s in states]) for name in states[0].slots},
+        fixed={name: torch.stack([s.fixed[name] for s in states]) for name in states[0].fixed},
+    )
+
+
+def settle(state: State, slot: Tensor) -> None:
+    """Move the incoming token's column to its slot `(lanes, kv_heads)` in every slot tensor, and clear it."""
+    for tensor in state.slots.values():
+        index = slot.view(*slot.shape, *(1,) * (tensor.dim() - 2)).expand(*tensor.shape[:-1], 1)
+        tensor.scatter_(-1, index, tensor[..., -1:])
+        tensor[..., -1] = 0

@@ -1,0 +1,48 @@
+"""Peak memory: of the device, by phase (CUDA), or of the whole process (CPU)."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class MemoryMeter:
+    """Peak bytes of each phase. On a CPU only the process's peak can be known, and phases are not split.
+
+    Attributes:
+        peaks: phase -> most bytes allocated during it, since the meter was made.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.peaks: dict[str, int] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            peak = torch.cuda.max_memory_allocated(self.device)
+            self.peaks[name] = max(self.peaks.get(name, 0), peak)
+
+    def process_peak(self) -> int:
+        """Peak resident bytes of this process so far."""
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+    def release(self) -> None:
+        """Hand cached blocks back after an out-of-memory error."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """CUDA raises a class of its own; the CPU allocator only a message."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
