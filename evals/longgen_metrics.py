@@ -17,8 +17,9 @@ OFFICIAL_CHOICE = re.compile(r"Answer_\d+:\s*.*?answer is \((.*?)\)")
 OFFICIAL_GOLD = re.compile(r"####\s*(\d+)")
 
 ANSWER_HEAD = re.compile(r"Answer_(\d+):")
-NUMBER = re.compile(r"answer is[^\d\n-]{0,12}(-?[\d,]*\.?\d+)", re.IGNORECASE)
-CHOICE = re.compile(r"answer is:? \(?([A-Z])\b", re.IGNORECASE)
+# A whole answer only: "2/3" is not 2, and "the answer is a shop" is not A.
+NUMBER = re.compile(r"[Aa]nswer is[^\d\n.-]{0,12}(-?(?:\d[\d,]*+(?:\.\d++)?+|\.\d++))(?!\s*/\s*\d)")
+CHOICE = re.compile(r"[Aa]nswer is:? (?:\(([A-Z])\)|([A-Z])(?=[.\s]*$))")
 GOLD_NUMBER = re.compile(r"####\s*(-?[\d,]*\.?\d+)")
 
 
@@ -64,12 +65,12 @@ def read_value(metric: str, text: str) -> str | float | None:
         match = NUMBER.search(text)
         return as_number(match.group(1)) if match else None
     match = CHOICE.search(text)
-    return match.group(1).upper() if match else None
+    return (match.group(1) or match.group(2)) if match else None
 
 
 def gold_value(metric: str, answer: str) -> str | float | None:
     if metric != "longgen_number_score":
-        return answer.strip().upper()
+        return answer.strip()
     match = GOLD_NUMBER.search(answer)
     return as_number(match.group(1)) if match else None
 

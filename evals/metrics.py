@@ -109,7 +109,7 @@ def classification_score(prediction: str, reference: str, all_classes: Sequence[
     found = [name for name in all_classes if name in prediction]
     for name in found:
         if name in reference and name != reference:
-            found.remove(name)  # noqa: B909 - removing while walking is the official behaviour
+            found.remove(name)
     return 1 / len(found) if reference in found else 0.0
 
 
