@@ -1,0 +1,164 @@
+"""Where LongBench's files come from: a folder, or one download that later runs reuse."""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+import urllib.error
+import urllib.request
+import zipfile
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from evals.errors import DataError
+
+HUB_REPO = "zai-org/LongBench"  # formerly THUDM/LongBench
+ARCHIVE = "data.zip"
+# The GitHub repository's last commit (January 2025). A fixed commit: prompts must not change under a comparison.
+COMMIT = "2e00731f8d0bff23dc4325161044d0ed8af94c1e"
+CONFIG_URL = f"https://raw.githubusercontent.com/THUDM/LongBench/{COMMIT}/LongBench/config"
+PROMPTS, LENGTHS = "dataset2prompt.json", "dataset2maxlen.json"
+TIMEOUT_SECONDS = 30
+LARGEST_CONFIG = 1 << 20
+
+
+def cache_folder() -> Path:
+    """Downloads are kept here: $KVBENCH_CACHE, or a folder in the user's cache folder."""
+    own = os.environ.get("KVBENCH_CACHE")
+    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return (Path(own).expanduser() if own else base / "kv-eviction-bench") / "longbench"
+
+
+def row_folder(root: Path | None, hub_repo: str, revision: str) -> Path:
+    """The folder with <task>.jsonl: `data` in the given folder, else the unpacked archive of the hub."""
+    if root is not None:
+        return root / "data"
+    archive = download_archive(hub_repo, revision)
+    # The hub's cache keeps a file under its commit, so a new revision is unpacked afresh and never mixed with another.
+    name = re.sub(r"[^\w.-]", "_", f"{hub_repo}-{archive.parent.name}")
+    return unpack(archive, cache_folder() / name) / "data"
+
+
+def download_archive(hub_repo: str, revision: str) -> Path:
+    """data.zip, downloaded once by huggingface_hub (which honours HF_ENDPOINT, HF_HUB_OFFLINE and its own cache)."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(hf_hub_download(hub_repo, ARCHIVE, repo_type="dataset", revision=revision))
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        raise DataError(
+            f"LongBench rows: {ARCHIVE} of {hub_repo} could not be fetched ({one_line(error)}). With network run "
+            f"`hf download {hub_repo} {ARCHIVE} --repo-type dataset`, or set tasks.data_dir (or LONGBENCH_DIR) to a "
+            "folder with data/<task>.jsonl and config/*.json"
+        ) from None
+
+
+def unpack(archive: Path, target: Path) -> Path:
+    """Unpack data/*.jsonl of the archive, all or nothing: a killed unpacking leaves no folder that looks whole.
+
+    Only plain names in `data/` are written; an archive that names a path outside of itself is refused.
+    """
+    if target.is_dir():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            tempfile.TemporaryDirectory(dir=target.parent) as work,
+            zipfile.ZipFile(archive) as package,
+        ):
+            (Path(work) / "whole" / "data").mkdir(parents=True)
+            for info in package.infolist():
+                path = PurePosixPath(info.filename.replace("\\", "/"))
+                if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
+                    raise DataError(
+                        f"{archive}: refused, it names a path outside of itself ({info.filename})"
+                    )
+                if len(path.parts) == 2 and path.parts[0] == "data" and path.suffix == ".jsonl":
+                    with package.open(info) as source, open(Path(work) / "whole" / path, "wb") as copy:
+                        shutil.copyfileobj(source, copy)
+            if not any((Path(work) / "whole" / "data").iterdir()):
+                raise DataError(f"{archive}: holds no data/<task>.jsonl")
+            os.replace(Path(work) / "whole", target)
+    except (zipfile.BadZipFile, NotImplementedError, EOFError) as error:
+        raise DataError(
+            f"{archive}: not a readable zip archive ({one_line(error)}); delete it and try again"
+        ) from None
+    except OSError as error:
+        if target.is_dir():  # another process was faster
+            return target
+        raise DataError(f"{target}: cannot unpack {archive} ({one_line(error)})") from None
+    return target
+
+
+def config_files(
+    root: Path | None, config_dir: str | None, url: str
+) -> tuple[dict[str, str], dict[str, int]]:
+    """Prompt formats and generation lengths: from config_dir, else `config` in the data folder, else from the URL."""
+    if config_dir:
+        folder = Path(config_dir).expanduser()
+    elif root is not None and (root / "config" / PROMPTS).is_file():
+        folder = root / "config"
+    else:
+        folder = cache_folder() / re.sub(r"[^\w.-]", "_", url)
+        for name in (PROMPTS, LENGTHS):
+            if not (folder / name).is_file():
+                download_config(f"{url.rstrip('/')}/{name}", folder / name)
+    prompts = read_table(folder / PROMPTS, str)
+    for task, text in prompts.items():
+        if "{context}" not in text:
+            raise DataError(f"{folder / PROMPTS}: the prompt of task {task} has no {{context}}")
+        try:
+            text.format(context="", input="")
+        except (KeyError, IndexError, ValueError) as error:
+            raise DataError(
+                f"{folder / PROMPTS}: the prompt of task {task} is malformed ({error!r})"
+            ) from None
+    lengths = read_table(folder / LENGTHS, int)
+    for task, length in lengths.items():
+        if length < 1:
+            raise DataError(f"{folder / LENGTHS}: task {task} has length {length}; must be 1 or more")
+    return prompts, lengths
+
+
+def download_config(url: str, target: Path) -> None:
+    """One small JSON file by http(s), written whole or not at all."""
+    advice = f"Save {url} there yourself, or set tasks.config_dir to a folder with {PROMPTS} and {LENGTHS}"
+    if not url.startswith(("https://", "http://")):
+        raise DataError(f"tasks.config_url={url}: must begin with https:// or http://")
+    try:
+        if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+            raise OSError("HF_HUB_OFFLINE is set")
+        with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as answer:
+            content = answer.read(LARGEST_CONFIG + 1)
+        json.loads(content)
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # urllib's errors are OSErrors; broken JSON and a cut answer are ValueErrors
+        raise DataError(f"{target}: missing and could not be fetched ({one_line(error)}). {advice}") from None
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f"{target.name}.{os.getpid()}.part")
+    partial.write_bytes(content)
+    os.replace(partial, target)
+
+
+def read_table(path: Path, kind: type) -> dict[str, Any]:
+    """A JSON object task -> str or int."""
+    try:
+        table = json.loads(path.read_bytes())
+    except OSError:
+        raise DataError(
+            f"{path}: missing. It is one of LongBench's own config files ({CONFIG_URL}/{path.name}); put it there or "
+            f"set tasks.config_dir to a folder with {PROMPTS} and {LENGTHS}"
+        ) from None
+    except ValueError as error:
+        raise DataError(f"{path}: broken JSON ({one_line(error)})") from None
+    if not isinstance(table, dict) or not all(type(value) is kind for value in table.values()):
+        raise DataError(f"{path}: must be a JSON object of task names to {kind.__name__} values")
+    return table
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

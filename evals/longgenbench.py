@@ -1,0 +1,107 @@
+"""LongGenBench in the form SCOPE (arXiv 2412.13649) evaluates it: K questions answered in one long generation.
+
+Files: gsm8k_30, gsm8k_60, mmlu_30, mmlu_60, csqa_40, csqa_80 of github.com/Linking-ai/SCOPE, folder
+data/LongGenBench (MIT). They are never part of this project. The protocol is that repository's runner:
+
+- the prompt is its instruction inside "<<SYS>>" marks, a blank line, then the row's own text (worked examples and
+  questions); no chat template. The runner means to add the subject to the MMLU instruction, but fills the text in
+  before it does so: the published predictions were made without a subject, and so is this prompt;
+- greedy, at least one new token, end only at the end-of-sequence token or after 4,096 new tokens (K = 30) or 7,950
+  (all others: also csqa_40, because K is no longer 30 when CSQA's turn comes);
+- of MMLU, rows 21, 30, 31 and 48 are left out (they did not fit the authors' GPU). `reference_rows=false` keeps them.
+
+The context ends before "Following Question": what a policy with prompt_scope=context compresses are the examples.
+"""
+
+import re
+from pathlib import Path
+
+from evals.errors import DataError
+from evals.longgen_metrics import KINDS
+from evals.rows import check_field, is_text, read_lines, some_texts
+from evals.tasks import Sample, Task
+
+SOURCE = "github.com/Linking-ai/SCOPE, folder data/LongGenBench"
+LEFT_OUT = frozenset({21, 30, 31, 48})  # of the mmlu files, counted from 0
+QUESTIONS_BEGIN = "Following Question"
+
+# The instruction of the SCOPE runner (MIT licence), word for word: it is part of the benchmark.
+INSTRUCTION = (
+    "Answer each question step by step, adhering to the format shown in the examples provided. "
+    "Start each response with 'Answer_' and introduce the final response with 'The answer is'. "
+    "Do not repeat the question. "
+    "Ensure that you respond to all the questions presented, regardless of their number."
+)
+MMLU_TAIL = " The following are multiple choice questions (with answers) about "
+
+
+def make_task(name: str) -> Task:
+    return Task(
+        name=name,
+        suite="longgenbench",
+        metric="longgen_number_score" if name.startswith("gsm8k") else "longgen_choice_score",
+        max_new_tokens=4096 if name.endswith("_30") else 7950,
+        chat=False,
+        first_line=False,
+        stop_at_newline=False,
+        min_new_tokens=1,
+    )
+
+
+TASKS = {
+    name: make_task(name) for name in ("gsm8k_30", "mmlu_30", "csqa_40", "gsm8k_60", "mmlu_60", "csqa_80")
+}
+
+
+def load(
+    names: list[str], limit: int | None, data_dir: str | None, reference_rows: bool = True
+) -> list[Sample]:
+    """The samples of the named tasks from data_dir/<dataset>/<task>.jsonl."""
+    if not data_dir:
+        raise DataError(
+            f"tasks.data_dir=null: LongGenBench needs a folder with gsm8k/, mmlu/ and csqa/ from {SOURCE}"
+        )
+    samples = []
+    for name in names:
+        path = Path(data_dir).expanduser() / name.split("_")[0] / f"{name}.jsonl"
+        if not path.is_file():
+            raise DataError(f"tasks.data_dir={data_dir}: {path} is missing; it comes from {SOURCE}")
+        samples += read_task(TASKS[name], path, reference_rows)[:limit]
+    return samples
+
+
+def read_task(task: Task, path: Path, reference_rows: bool) -> list[Sample]:
+    samples = []
+    for index, (line, row) in enumerate(read_lines(path)):
+        place = f"{path}, line {line}"
+        text = check_field(place, row, "prompt", is_text, "a string")
+        questions = check_field(place, row, "questions", some_texts, "a list of one or more strings")
+        answers = check_field(place, row, "answers", some_texts, "a list of one or more strings")
+        if len(questions) != len(answers):
+            raise DataError(f"{place}: {len(questions)} questions, but {len(answers)} answers")
+        if reference_rows and task.name.startswith("mmlu") and index in LEFT_OUT:
+            continue
+        before, after = split(full_prompt(task.name, text))
+        extra = {"questions": questions, "first_number": first_number(task, text)}
+        if "task" in row:
+            extra["subject"] = row["task"]
+        samples.append(Sample(task, str(index), before, after, tuple(answers), extra=extra))
+    if not samples:
+        raise DataError(f"{path}: holds no rows")
+    return samples
+
+
+def full_prompt(name: str, text: str) -> str:
+    system = INSTRUCTION + (MMLU_TAIL if name.startswith("mmlu") else "")
+    return f"<<SYS>>\n {system} \n<</SYS>>\n\n{text}"
+
+
+def split(prompt: str) -> tuple[str, str]:
+    at = prompt.find(QUESTIONS_BEGIN)
+    return (prompt[:at], prompt[at:]) if at >= 0 else (prompt, "")
+
+
+def first_number(task: Task, text: str) -> int:
+    """The number the prompt gives its first question to answer (the worked examples have the numbers before it)."""
+    found = re.search(QUESTIONS_BEGIN + r".{0,20}?Question_(\d+)", text, re.DOTALL)
+    return int(found.group(1)) if found else KINDS[task.metric] + 1

@@ -1,0 +1,5 @@
+TASKS = {}
+
+
+def load(names, limit, seed):
+    return []

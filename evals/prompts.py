@@ -1,0 +1,106 @@
+"""From a sample to token ids: the official truncation, the chat form, and where the context ends in tokens."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from evals.errors import DataError
+from evals.tasks import Sample
+
+# Stands for the user's message while the chat form around it is looked up. Plain letters: no template touches them.
+PLACEHOLDER = "kvbenchplaceholdermessage"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """`context_tokens`: how many leading ids belong to the chat form's beginning and the sample's `before`."""
+
+    ids: list[int]
+    context_tokens: int
+    truncated: bool
+    chat: bool = False  # was the chat template applied?
+
+
+def encode(
+    sample: Sample,
+    tokenizer: Any,
+    max_prompt_tokens: int,
+    chat: bool = True,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> Prompt:
+    """The prompt by the official steps.
+
+    The bare prompt is tokenised; above the limit its first and last half are decoded and joined; then the chat form
+    is put around it, where the task and the tokenizer have one (`chat=False` never does); then all is tokenised
+    again, so the final length may differ from the limit by the chat form and by a token at the seam.
+    """
+    if not sample.prompt:
+        raise DataError(f"task {sample.task.name}, sample {sample.id}: the prompt is empty")
+    if max_prompt_tokens < 2:
+        raise DataError(f"max_prompt_tokens={max_prompt_tokens}: must be 2 or more")
+    text, boundary, truncated = truncate(sample, tokenizer, max_prompt_tokens)
+    wrap = chat and sample.task.chat and bool(getattr(tokenizer, "chat_template", None))
+    if wrap:
+        text, boundary = wrap_in_chat(text, boundary, tokenizer, template_kwargs or {})
+    # A chat template writes its own special tokens; adding the tokenizer's would double the one at the beginning.
+    ids, context_tokens = tokenize(text, boundary, tokenizer, add_special_tokens=not wrap)
+    return Prompt(ids=ids, context_tokens=context_tokens, truncated=truncated, chat=wrap)
+
+
+def truncate(sample: Sample, tokenizer: Any, limit: int) -> tuple[str, int, bool]:
+    """(text, characters of it that belong to `before`, was it cut?)"""
+    text, boundary = sample.prompt, len(sample.before)
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    if len(ids) <= limit:
+        return text, boundary, False
+    half = limit // 2
+    head = tokenizer.decode(ids[:half], skip_special_tokens=True)
+    tail = tokenizer.decode(ids[-half:], skip_special_tokens=True)
+    # The question is near the end, so its place is counted from the end. A question longer than the tail has lost
+    # its beginning to the cut, or even reaches into the head: there the place is the one from the beginning.
+    after = min(len(sample.after), len(tail))
+    if len(sample.after) <= len(tail):
+        place = len(head) + len(tail) - after
+    else:
+        place = min(boundary, len(head))
+    return head + tail, place, True
+
+
+def wrap_in_chat(text: str, boundary: int, tokenizer: Any, kwargs: Mapping[str, Any]) -> tuple[str, int]:
+    """The text as a user's message in the model's chat form, and the boundary in it.
+
+    Some templates strip the message; the boundary then moves with the blanks lost at its beginning.
+    """
+    form = render(PLACEHOLDER, tokenizer, kwargs)
+    start = form.find(PLACEHOLDER)
+    if start < 0:
+        raise DataError("chat template: does not contain the user's message")
+    wrapped = render(text, tokenizer, kwargs)
+    if wrapped.startswith(text, start):
+        return wrapped, start + boundary
+    stripped = text.strip()
+    if wrapped.startswith(stripped, start):
+        lost = len(text) - len(text.lstrip())
+        return wrapped, start + min(max(boundary - lost, 0), len(stripped))
+    raise DataError("chat template: changes the user's message by more than outer blanks")
+
+
+def render(message: str, tokenizer: Any, kwargs: Mapping[str, Any]) -> str:
+    messages = [{"role": "user", "content": message}]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **kwargs)
+
+
+def tokenize(text: str, boundary: int, tokenizer: Any, add_special_tokens: bool) -> tuple[list[int], int]:
+    """(ids, how many leading ids lie wholly before the boundary). A token across it belongs to the question."""
+    options = {"add_special_tokens": add_special_tokens, "verbose": False}
+    if not tokenizer.is_fast:
+        # Without offsets: the tokens that the text up to the boundary shares with the whole.
+        ids = list(tokenizer(text, **options)["input_ids"])
+        part = list(tokenizer(text[:boundary], **options)["input_ids"])
+        pairs = enumerate(zip(part, ids, strict=False))
+        return ids, next((i for i, (a, b) in pairs if a != b), min(len(part), len(ids)))
+    encoding = tokenizer(text, return_offsets_mapping=True, **options)
+    ids, offsets = list(encoding["input_ids"]), encoding["offset_mapping"]
+    if boundary >= len(text):
+        return ids, len(ids)
+    return ids, next((i for i, (_, end) in enumerate(offsets) if end > boundary), len(ids))

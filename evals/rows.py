@@ -1,0 +1,128 @@
+"""Rows of task data in LongBench's shape, through `datasets`, with errors that name file and line.
+
+`datasets.load_dataset("json", ...)` is not used to parse: it turns a column of strings such as "2015-03-04" into
+datetime objects, and reports a broken row without its line. Lines are parsed here and become a `Dataset` with
+explicit types.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Features, List, Value
+
+from evals.errors import DataError
+from evals.tasks import Sample, Task
+
+FEATURES = Features(
+    {
+        "_id": Value("string"),
+        "input": Value("large_string"),
+        "context": Value("large_string"),
+        "answers": List(Value("large_string")),
+        "all_classes": List(Value("string")),
+        "length": Value("int64"),
+    }
+)
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number from 1, JSON object) of a JSON-lines file. Blank lines are skipped."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8"))
+            if b"\\ud" in line.lower():  # an escaped half of a surrogate pair is JSON but not text
+                json.dumps(row, ensure_ascii=False).encode("utf-8")
+        except UnicodeError:
+            raise DataError(f"{path}, line {number}: not UTF-8 text") from None
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise DataError(f"{path}, line {number}: broken JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
+        yield number, row
+
+
+def texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def check_field(place: str, row: Mapping[str, Any], name: str, good: Callable[[Any], bool], kind: str) -> Any:
+    """The field's value, or an error that names the place, the field and what it should hold."""
+    if name not in row:
+        raise DataError(
+            f"{place}: field '{name}' is missing (needs {kind}; it has {', '.join(row) or 'none'})"
+        )
+    if not good(row[name]):
+        raise DataError(f"{place}: field '{name}' must be {kind}, found {type(row[name]).__name__}")
+    return row[name]
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def some_texts(value: Any) -> bool:
+    return texts(value) and len(value) > 0
+
+
+def longbench_row(place: str, index: int, row: Mapping[str, Any]) -> dict[str, Any]:
+    """One checked row in the shape of FEATURES. Fields that only describe the row may be absent."""
+    classes, length = row.get("all_classes"), row.get("length")
+    if classes is not None and not texts(classes):
+        raise DataError(f"{place}: field 'all_classes' must be a list of strings or null")
+    if length is not None and (isinstance(length, bool) or not isinstance(length, int)):
+        raise DataError(f"{place}: field 'length' must be a whole number or null")
+    return {
+        "_id": str(row["_id"]) if row.get("_id") is not None else str(index),
+        "input": check_field(place, row, "input", is_text, "a string"),
+        "context": check_field(place, row, "context", is_text, "a string"),
+        "answers": check_field(place, row, "answers", some_texts, "a list of one or more strings"),
+        "all_classes": classes,
+        "length": length,
+    }
+
+
+def read_longbench(path: Path) -> Dataset:
+    """A LongBench file. A row that is broken anywhere in it is an error, also beyond a limit."""
+    rows = [longbench_row(f"{path}, line {line}", i, row) for i, (line, row) in enumerate(read_lines(path))]
+    if not rows:
+        raise DataError(f"{path}: holds no rows")
+    return as_dataset(rows)
+
+
+def as_dataset(rows: Sequence[Mapping[str, Any]]) -> Dataset:
+    return Dataset.from_list([dict(row) for row in rows], features=FEATURES)
+
+
+def split_prompt(prompt_format: str, context: str, question: str) -> tuple[str, str]:
+    """The filled-in prompt, cut after the context: before + after is what `format` makes of it.
+
+    Where the format names the question first, it stays in `before`: whoever reads the context has read it.
+    """
+    place = "{context}"
+    at = prompt_format.index(place) + len(place)
+    fields = {"context": context, "input": question}
+    return prompt_format[:at].format(**fields), prompt_format[at:].format(**fields)
+
+
+def to_sample(
+    task: Task, prompt_format: str, row: Mapping[str, Any], extra: dict[str, Any] | None = None
+) -> Sample:
+    before, after = split_prompt(prompt_format, row["context"], row["input"])
+    return Sample(
+        task=task,
+        id=row["_id"],
+        before=before,
+        after=after,
+        answers=tuple(row["answers"]),
+        all_classes=None if row["all_classes"] is None else tuple(row["all_classes"]),
+        length=row["length"],
+        extra=extra or {},
+    )

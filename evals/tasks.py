@@ -1,0 +1,105 @@
+"""What a task and a sample are, and the one door to all suites: `load_samples`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from evals.errors import DataError
+
+SUITES = ("pocket", "longbench", "longbench_en", "longbench_zh", "longgenbench")
+
+
+@dataclass(frozen=True)
+class Task:
+    """How one task is asked and scored. `version` is raised whenever its scores are no longer comparable."""
+
+    name: str
+    suite: str
+    metric: str  # a name of evals.metrics.METRICS or evals.longgen_metrics.KINDS
+    max_new_tokens: int
+    chat: bool  # wrap the prompt in the model's chat template
+    first_line: bool  # only the prediction's first line is scored (leading newlines are skipped)
+    stop_at_newline: bool
+    min_new_tokens: int = 0
+    version: int = 1
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt. `before` ends with the context; `after` is the question part and what follows it."""
+
+    task: Task
+    id: str
+    before: str
+    after: str
+    answers: tuple[str, ...]
+    all_classes: tuple[str, ...] | None = None
+    length: int | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def prompt(self) -> str:
+        return self.before + self.after
+
+
+def load_samples(
+    suite: str,
+    names: list[str] | None,
+    limit: int | None,
+    data_dir: str | None,
+    seed: int,
+    **options: Any,
+) -> list[Sample]:
+    """The samples of the named tasks (all of the suite without names), at most `limit` a task.
+
+    Samples come in the order of the files, so a larger limit extends a smaller one. `seed` matters to `pocket` only,
+    whose samples are generated. `options` are the suite's own further settings (the other keys of conf/tasks/*.yaml).
+    """
+    from evals import longbench, longgenbench, pocket
+
+    if limit is not None and limit < 1:
+        raise DataError(f"limit={limit}: must be 1 or more, or null for every sample")
+    chosen = choose_names(suite, names)
+    if suite == "pocket":
+        return pocket.load(chosen, limit, seed, **known(suite, options, ()))
+    if suite.startswith("longbench"):
+        settings = known(suite, options, ("config_dir", "config_url", "hub_repo", "hub_revision"))
+        return longbench.load(chosen, limit, data_dir, **settings)
+    return longgenbench.load(chosen, limit, data_dir, **known(suite, options, ("reference_rows",)))
+
+
+def known(suite: str, options: Mapping[str, Any], valid: tuple[str, ...]) -> dict[str, Any]:
+    """The options, or an error that names the one that this suite does not have."""
+    for name in options:
+        if name not in valid:
+            raise DataError(f"tasks.{name}: no setting of suite {suite}; it has {', '.join(valid) or 'none'}")
+    return dict(options)
+
+
+def choose_names(suite: str, names: list[str] | None) -> list[str]:
+    valid = task_names(suite)
+    if names is None:
+        # By default LongGenBench means its shorter half, as "4K" does in the paper.
+        return [name for name in valid if suite != "longgenbench" or not name.endswith(("_60", "_80"))]
+    for name in names:
+        if name not in valid:
+            raise DataError(f"tasks.names={name}: no task of suite {suite}; valid: {', '.join(valid)}")
+    if not names:
+        raise DataError(f"tasks.names=[]: name at least one of {', '.join(valid)}, or null for all")
+    return list(dict.fromkeys(names))
+
+
+def task_names(suite: str) -> list[str]:
+    """The task names of a suite or of a language group (longbench_en, longbench_zh), in the official order."""
+    from evals import longbench, longgenbench, pocket
+
+    groups = {
+        "pocket": list(pocket.TASKS),
+        "longbench": list(longbench.TASKS),
+        "longbench_en": [name for name in longbench.TASKS if name not in longbench.CHINESE],
+        "longbench_zh": [name for name in longbench.TASKS if name in longbench.CHINESE],
+        "longgenbench": list(longgenbench.TASKS),
+    }
+    if suite not in groups:
+        raise DataError(f"tasks.suite={suite}: unknown; valid: {', '.join(groups)}")
+    return groups[suite]
