@@ -43,5 +43,5 @@ def snapshot(hub_id: str, revision: str, with_code: bool = False) -> Path:
         cause = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(
             f"{wanted}: not in the cache and not reachable ({cause[0]}); run `hf download {hub_id}` where "
-            "there is network, or set model.path=FOLDER to a local copy, or model=smollm2-135m, which needs none"
+            "there is network, set model.path=FOLDER to a local copy, or take model=smollm2-135m (bundled)"
         ) from error

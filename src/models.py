@@ -44,8 +44,8 @@ class LoadedModel:
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the embedding; a valid token id is below it."""
-        return int(self.model.get_input_embeddings().weight.shape[0])
+        """Valid token ids are below it."""
+        return int(self.model.config.vocab_size)
 
     def newline_ids(self) -> frozenset[int]:
         """The token that ends an answer of one line, as LongBench finds it: the last one of "\\n" encoded."""

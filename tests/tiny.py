@@ -7,7 +7,10 @@ three), else every eviction policy would choose among ties and an oracle test wo
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from src.models import LoadedModel
 
 # What differs from the common shape below, per architecture.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -69,3 +72,41 @@ def scale_weights(model: PreTrainedModel, generator: torch.Generator) -> None:
 def tokens(length: int, vocab_size: int = 128, seed: int = 0) -> torch.Tensor:
     """Random prompt ids, (1, length)."""
     return torch.randint(0, vocab_size, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per ASCII character, its id the character's code; anything else is <unk>. Has a chat form."""
+    special = {"<pad>": 0, "<eos>": 1, "<unk>": 2}
+    vocabulary = special | {chr(code): code for code in range(3, 128)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def tiny_loaded(arch: str = "llama", stop_ids: frozenset[int] = frozenset(), **overrides: Any) -> LoadedModel:
+    """A tiny model as `load_model` would hand it over: no stop token unless given, so lengths are known."""
+    model = tiny(arch, **overrides)
+    return LoadedModel(
+        model=model,
+        tokenizer=tiny_tokenizer(),
+        name=f"tiny-{arch}",
+        stop_ids=stop_ids,
+        max_prompt_tokens=3500,
+        context_length=4096,
+        random_weights=True,
+        dtype=model.dtype,
+        device=model.device,
+        chat=True,
+        source="tests/tiny.py",
+    )
