@@ -13,6 +13,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.utils import logging as transformers_logging
 
 from src.embedded import cached_copy, package_file
 from src.errors import InputError
@@ -62,6 +63,7 @@ class LoadedModel:
 def load_model(cfg: Mapping[str, Any] | DictConfig) -> LoadedModel:
     """Load what a `conf/model` file describes. Keys left out have the values of `_base.yaml`."""
     settings = {**read_yaml("_base"), **as_dict(cfg)}
+    transformers_logging.disable_progress_bar()
     name = model_name(settings)
     device = choose_device(str(settings["device"]))
     dtype = choose_dtype(str(settings["dtype"]), device)

