@@ -10,6 +10,7 @@ a score prefers. Position p has relative position (p + 1/2) / n, so that a unifo
 exactly. KL is in nats. A head that kept nothing in the domain has no shares: NaN.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -75,9 +76,11 @@ def capacity(n: int, bins: int = BINS) -> NDArray[np.int64]:
 def mean_position(kept: NDArray[np.bool_], exclude_recent: int = 0) -> Floats:
     """(...) mean relative position of the kept entries: 0 the beginning, 1 the end, 1/2 no preference."""
     kept = domain(kept, exclude_recent)
-    total = kept.sum(axis=-1)
-    centres = (np.arange(kept.shape[-1]) + 0.5) / max(kept.shape[-1], 1)
-    return np.divide(kept @ centres, total, out=np.full(total.shape, np.nan), where=total > 0)
+    shape, n = kept.shape[:-1], max(kept.shape[-1], 1)
+    head, position = np.divmod(np.flatnonzero(kept), n)
+    total = np.bincount(head, minlength=math.prod(shape))
+    places = np.bincount(head, (position + 0.5) / n, minlength=math.prod(shape))
+    return np.divide(places, total, out=np.full(total.shape, np.nan), where=total > 0).reshape(shape)
 
 
 def kl_to_uniform(share: ArrayLike, positions: ArrayLike | None = None) -> Floats:

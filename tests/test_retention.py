@@ -335,6 +335,9 @@ def test_summary_by_hand() -> None:
         pytest.approx(((0.05 + 0.75 + 0.85 + 0.95) / 4 + 0.5) / 2),
     ]
     assert found["per_layer"]["first_decile"] == [0.25]
+    assert found["per_layer"]["drift"] == [0.125]
+    assert found["per_head"]["drift"] == [[0.125, 0.125]]
+    assert found["per_task"]["code"]["drift"] == 0
     assert set(found["per_task"]) == {"qa", "code"}
     assert found["per_task"]["code"]["heavy"]["mean_position"] == pytest.approx(1 / 8)
 

@@ -1,6 +1,7 @@
 """W&B for real, without its server: offline files read back, and every way a server can fail."""
 
 import http.server
+import inspect
 import json
 import logging
 import socket
@@ -14,6 +15,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import wandb
+import yaml
 
 from src import tracking
 from src.errors import InputError
@@ -233,6 +235,14 @@ def test_disabled_writes_nothing(run: Path) -> None:
 def test_an_unknown_mode_is_refused() -> None:
     with pytest.raises(InputError, match=r"wandb\.mode=on: valid are auto, online, offline, disabled"):
         Tracking("on")
+
+
+def test_the_configuration_names_exactly_the_settings() -> None:
+    text = (Path(__file__).resolve().parents[1] / "conf" / "tracking" / "default.yaml").read_text()
+    assert text.startswith("# @package wandb\n")
+    settings = yaml.safe_load(text)
+    assert set(settings) == set(inspect.signature(Tracking).parameters)
+    assert Tracking(**settings).mode == "auto"
 
 
 def test_failures_of_wandb_are_one_warning_and_no_exception(
