@@ -165,6 +165,7 @@ class RunFolder:
         if overwrite:
             for name in WRITTEN:
                 (self.path / name).unlink(missing_ok=True)
+                (self.path / f"{name}.part").unlink(missing_ok=True)
         self._check_settings(settings)
         if config:
             write_whole(self.path / "config.yaml", config)

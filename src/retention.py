@@ -60,9 +60,7 @@ def decile_shares(kept: NDArray[np.bool_], exclude_recent: int = 0) -> Floats:
 
 
 def occupancy(kept: NDArray[np.bool_], bins: int = BINS, exclude_recent: int = 0) -> Floats:
-    """(..., bins) kept entries / positions of the bin; NaN for bins without positions (prompts under 64
-    tokens).
-    """
+    """(..., bins) kept entries / positions of the bin; NaN for bins without any (prompts under 64 tokens)."""
     kept = domain(kept, exclude_recent)
     counts, positions = bin_counts(kept, bins).astype(float), capacity(kept.shape[-1], bins)
     return np.divide(counts, positions, out=np.full_like(counts, np.nan), where=positions > 0)
@@ -96,9 +94,7 @@ def kl_to_uniform(share: ArrayLike, positions: ArrayLike | None = None) -> Float
 
 
 def gini(share: ArrayLike, positions: ArrayLike | None = None) -> Floats:
-    """(...) Gini coefficient of the kept entries per position over the bins: 0 all alike, 1 - 1/bins all in
-    one bin.
-    """
+    """(...) Gini coefficient over the bins of kept entries per position: 0 all alike, 1 - 1/bins all in one."""
     share, reference = _with_reference(share, positions)
     density = np.divide(share, reference, out=np.full_like(share, np.inf), where=reference > 0)
     order = np.argsort(density, axis=-1)

@@ -54,9 +54,7 @@ def draw_histogram(axes: Axes, data: Profile) -> None:
 
 
 def draw_layers(axes: Axes, data: Profile) -> AxesImage:
-    """Of each bin's positions, the percentage that a head of the layer keeps. One scale, 0 to 100, for all
-    runs.
-    """
+    """Of each bin's positions, the percentage that a head of the layer keeps, on one scale for all runs."""
     image = axes.imshow(
         100 * data.layer_occupancy(),
         aspect="auto",

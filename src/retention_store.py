@@ -91,9 +91,7 @@ class KeptSample:
 
 
 def bin_edges(n: int, bins: int = BINS) -> NDArray[np.int64]:
-    """Position p of n is in bin floor(bins p / n): bin b holds positions edges[b] up to, without, edges[b +
-    1].
-    """
+    """edges[b] is the first position of bin b; position p of n lies in bin floor(bins p / n)."""
     return -(-np.arange(bins + 1, dtype=np.int64) * n // bins)
 
 

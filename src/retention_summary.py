@@ -234,9 +234,11 @@ def _columns(rows: list[dict[str, Any] | None]) -> dict[str, list[Any]]:
     return columns
 
 
-def _grid(sums: _Sums, data: Profile) -> dict[str, list[list[Any]]]:
+def _grid(sums: _Sums, data: Profile) -> dict[str, list[Any]]:
     """The same per head: lists over layers of lists over KV heads."""
-    rows = [_columns([sums.measures((i, j)) for j in range(data.heads)]) for i in range(data.layers)]
+    rows: list[dict[str, list[Any]]] = [
+        _columns([sums.measures((i, j)) for j in range(data.heads)]) for i in range(data.layers)
+    ]
     return {name: [row.get(name) for row in rows] for name in rows[0]}
 
 
