@@ -94,7 +94,7 @@ def kl_to_uniform(share: ArrayLike, positions: ArrayLike | None = None) -> Float
 
 
 def gini(share: ArrayLike, positions: ArrayLike | None = None) -> Floats:
-    """(...) Gini coefficient over the bins of kept entries per position: 0 all alike, 1 - 1/bins all in one."""
+    """(...) Gini coefficient over bins of kept entries per position: 0 all alike, 1 - 1/bins all in one."""
     share, reference = _with_reference(share, positions)
     density = np.divide(share, reference, out=np.full_like(share, np.inf), where=reference > 0)
     order = np.argsort(density, axis=-1)
