@@ -17,6 +17,7 @@ The file `retention.npz` (schema 1) can be read with `numpy.load` alone; nothing
 import io
 import json
 import logging
+import math
 import os
 import struct
 import zipfile
@@ -90,17 +91,18 @@ class KeptSample:
 
 
 def bin_edges(n: int, bins: int = BINS) -> NDArray[np.int64]:
-    """Position p of n is in bin floor(bins p / n): bin b holds positions edges[b] up to, without, edges[b +
-    1].
-    """
+    """edges[b] is the first position of bin b; position p of n lies in bin floor(bins p / n)."""
     return -(-np.arange(bins + 1, dtype=np.int64) * n // bins)
 
 
 def bin_counts(kept: NDArray[np.bool_], bins: int = BINS) -> NDArray[np.int64]:
     """Kept entries in each of `bins` bins of relative position along the last axis."""
-    before = np.zeros((*kept.shape[:-1], kept.shape[-1] + 1), dtype=np.int64)
-    np.cumsum(kept, axis=-1, out=before[..., 1:])
-    return np.diff(before[..., bin_edges(kept.shape[-1], bins)], axis=-1)
+    n = kept.shape[-1]
+    head, position = np.divmod(np.flatnonzero(kept), max(n, 1))  # few are kept: their list is short
+    heads = math.prod(kept.shape[:-1])
+    return np.bincount(head * bins + position * bins // max(n, 1), minlength=heads * bins).reshape(
+        *kept.shape[:-1], bins
+    )
 
 
 def kept_sample(key: Key, n: int, kept: Kept, mode: str = "positions") -> KeptSample:

@@ -7,25 +7,19 @@ start has failed, an offline start in the same process may time out as well (wan
 
 from __future__ import annotations
 
-import configparser
 import logging
-import netrc
 import os
-import threading
-import urllib.error
-import urllib.request
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from src.errors import InputError
+from src.wandb_server import key_configured, one_line, server, server_answers, within
 
 MODES = ("auto", "online", "offline", "disabled")
 RUN_ID = "wandb_id"  # file in a run's folder, so that a resumed run goes on in the same W&B run
-DEFAULT_SERVER = "https://api.wandb.ai"
 TABLE = (
     "task",
     "id",
@@ -83,13 +77,18 @@ class Tracking:
             raise InputError(f"wandb.mode={mode}: valid are {', '.join(MODES)}")
         self.mode = mode
         self.init_timeout, self.finish_timeout, self.table_rows = init_timeout, finish_timeout, table_rows
-        self._where = {"project": project, "entity": entity, "group": group, "tags": list(tags) or None}
+        self._where: dict[str, Any] = {
+            "project": project,
+            "entity": entity,
+            "group": group,
+            "tags": list(tags),
+        }
         self._settled = False
 
     def start(
         self, folder: Path, config: Mapping[str, Any], name: str, group: str | None = None, done: int = 0
     ) -> Tracker:
-        """Open a run whose W&B files lie in `folder`; `done` samples were there before. Several may be open."""
+        """Open a run, its W&B files in `folder`; `done` samples were there before. Several may be open."""
         try:
             self._settle()
             if self.mode == "online":
@@ -113,7 +112,9 @@ class Tracking:
             return
         self._settled = True
         if self.mode == "auto":
-            wished = {"dryrun": "offline", "run": "online"}.get(wish := os.environ.get("WANDB_MODE", ""), wish)
+            wished = {"dryrun": "offline", "run": "online"}.get(
+                wish := os.environ.get("WANDB_MODE", ""), wish
+            )
             self.mode = wished if wished in MODES[1:] else "online" if key_configured() else "offline"
         if self.mode != "online":
             return
@@ -142,6 +143,7 @@ class Tracking:
             x_disable_stats=True,
         )
         where = {**self._where, "group": group or self._where["group"]}
+        mode: Any = self.mode
 
         def init() -> Any:
             return wandb.init(
@@ -150,7 +152,7 @@ class Tracking:
                 config=dict(config),
                 id=_run_id(folder),
                 resume="allow" if self.mode == "online" else None,
-                mode=self.mode,
+                mode=mode,
                 reinit="create_new",
                 settings=settings,
                 **where,
@@ -172,7 +174,8 @@ class WandbTracker(Tracker):
     def __init__(self, run: Any, folder: Path, tracking: Tracking, done: int) -> None:
         self._run, self._folder, self._tracking = run, folder, tracking
         self._samples = done
-        self._attempt(run.define_metric, "*", step_metric="samples")
+        self._broken = False
+        self._attempt(lambda: run.define_metric("*", step_metric="samples"))
 
     def log_sample(self, record: Mapping[str, Any]) -> None:
         self._samples += 1
@@ -180,16 +183,16 @@ class WandbTracker(Tracker):
         values = {f"sample/{n}": record[n] for n in names if record.get(n) is not None}
         if record.get("score") is not None:
             values[f"sample/{record['task']}/score"] = record["score"]
-        self._attempt(self._run.log, {"samples": self._samples, **values})
+        self._attempt(lambda: self._run.log({"samples": self._samples, **values}))
 
     def finish(self, metrics: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> None:
-        self._attempt(self._log_end, metrics, records)
-        run, self._run = self._run, None
-        if run is None:
-            return
-        done, result = within(self._tracking.finish_timeout + 10, lambda: run.finish(int(bool(metrics["failed"]))))
+        self._attempt(lambda: self._log_end(metrics, records))
+        code = int(bool(metrics.get("failed")))
+        done, result = within(self._tracking.finish_timeout + 10, lambda: self._run.finish(code))
         if not done or isinstance(result, BaseException):
-            log.warning("W&B did not finish its upload; `wandb sync %s/wandb/*run*` does it later", self._folder)
+            log.warning(
+                "W&B did not finish its upload; `wandb sync %s/wandb/*run*` does it later", self._folder
+            )
 
     def _log_end(self, metrics: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> None:
         import numpy as np
@@ -200,7 +203,9 @@ class WandbTracker(Tracker):
         retention = metrics.get("retention") or {}
         if retention.get("histogram"):
             edges = np.linspace(0, 1, len(retention["histogram"]) + 1)
-            kept = np.asarray(retention["histogram"]) * retention["kept_mean"]  # entries of a mean layer and head
+            kept = (
+                np.asarray(retention["histogram"]) * retention["kept_mean"]
+            )  # entries of a mean layer and head
             last["retention/positions"] = wandb.Histogram(np_histogram=(kept, edges))
         picture = self._folder / "retention.png"
         if picture.exists():
@@ -211,17 +216,17 @@ class WandbTracker(Tracker):
         import wandb
 
         step = max(1, -(-len(records) // max(self._tracking.table_rows, 1)))
-        rows = [[_cell(record.get(name)) for name in TABLE] for record in records[::step]]
+        rows: list[Any] = [[_cell(record.get(name)) for name in TABLE] for record in records[::step]]
         return wandb.Table(columns=list(TABLE), data=rows, allow_mixed_types=True)
 
-    def _attempt(self, call: Callable[..., Any], *arguments: Any, **named: Any) -> None:
-        if self._run is None:
+    def _attempt(self, call: Callable[[], Any]) -> None:
+        if self._broken:
             return
         try:
-            call(*arguments, **named)
+            call()
         except Exception as error:
             log.warning("W&B stopped tracking this run: %s", one_line(error))
-            self._run = None
+            self._broken = True
 
 
 def summary(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -238,78 +243,6 @@ def summary(metrics: Mapping[str, Any]) -> dict[str, float]:
     for name, value in ((metrics.get("retention") or {}).get("heavy") or {}).items():
         flat[f"retention/heavy/{name}"] = value
     return {name: value for name, value in flat.items() if isinstance(value, int | float)}
-
-
-# --- keys and servers ---
-
-
-def server() -> str:
-    """The W&B server's address: environment, else wandb's settings file, else the public one."""
-    return os.environ.get("WANDB_BASE_URL") or _user_setting("base_url") or DEFAULT_SERVER
-
-
-def key_configured() -> bool:
-    """Would wandb find credentials without asking? Looks where wandb looks; nothing is kept."""
-    if any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")):
-        return True
-    if _user_setting("api_key"):
-        return True
-    paths = [Path(p).expanduser() for p in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc") if p]
-    try:
-        path = next(path for path in paths if path.exists())
-        found = netrc.netrc(path).hosts.get(urlsplit(server()).netloc)
-    except (StopIteration, OSError, netrc.NetrcParseError):
-        return False
-    return bool(found and found[2])
-
-
-def server_answers(address: str, seconds: float) -> bool:
-    """Any HTTP answer, even a refusal, is a sign of life. Proxies of the environment are used, as wandb does."""
-
-    def ask() -> bool:
-        try:
-            with urllib.request.urlopen(address, timeout=seconds):
-                return True
-        except urllib.error.HTTPError:
-            return True
-        except (OSError, ValueError):
-            return False
-
-    done, result = within(seconds + 1, ask)  # looking up a name is not covered by the timeout
-    return done and result is True
-
-
-def _user_setting(name: str) -> str | None:
-    folder = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser()
-    parser = configparser.ConfigParser(interpolation=None)
-    try:
-        parser.read(folder / "settings")
-    except configparser.Error:
-        return None
-    return parser.get("default", name, fallback=None)
-
-
-# --- plain helpers ---
-
-
-def within(seconds: float, call: Callable[[], Any]) -> tuple[bool, Any]:
-    """Run `call` for at most so long: (ended in time, its result or the exception it raised)."""
-    result: list[Any] = []
-
-    def work() -> None:
-        try:
-            result.append(call())
-        except BaseException as error:
-            result.append(error)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return bool(result), result[0] if result else None
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def _teardown() -> None:
