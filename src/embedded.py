@@ -58,8 +58,13 @@ def cached_copy(gguf: Path) -> Path:
     if target.is_dir():
         return target
     log.warning("unpacking %s once into %s", gguf.name, target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise InputError(
+            f"XDG_CACHE_HOME: {target.parent} cannot be written ({error}); set it to a folder that can"
+        ) from error
     try:
         model, tokenizer = unpack(gguf)
         model.save_pretrained(work)
@@ -69,6 +74,9 @@ def cached_copy(gguf: Path) -> Path:
         except OSError:
             if not target.is_dir():  # anything but "another process was first"
                 raise
+    except Exception as error:  # a damaged file, a full disk, an architecture that transformers cannot unpack
+        cause = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"{gguf}: cannot be unpacked into {target.parent} ({cause[0]})") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return target
