@@ -178,9 +178,9 @@ class AhaKV(ScorePolicy):
         if not self.step_gain or self.logit_variance == "unit":
             return logits.new_ones(prompt.kv_heads, prompt.group, 1)
         if self.logit_variance == "measured":
-            return prompt.once("1 / std of logits", lambda: 1 / visible_std(logits)[..., None])
+            return prompt.once(("1 / std of logits", self.window), lambda: 1 / visible_std(logits)[..., None])
         k = self._k(budget)
-        solved = prompt.once(("entropy gain", k), lambda: solve_entropy(logits, math.log(k)))
+        solved = prompt.once(("entropy gain", self.window, k), lambda: solve_entropy(logits, math.log(k)))
         return (solved / self._gain(torch.tensor(prompt.length), budget, logits.dtype).clamp_min(1e-6))[..., None]
 
     # Decoding.

@@ -52,9 +52,14 @@ class StreamingLLM(Policy):
         evicted = (step.position - step.budget).clamp_min(0)
         query = step.rotate(step.query, -evicted)
         sinks = step.keys[:, :, : self.sinks]
-        step.logits[..., : self.sinks] = (query @ sinks.transpose(2, 3)) * step.scaling
+        turned = (query @ sinks.transpose(2, 3)) * step.scaling
+        # Until something has been evicted nothing moves, and slots may still be empty (-inf).
+        moved = (evicted > 0)[:, None, None, None]
+        step.logits[..., : self.sinks] = torch.where(moved, turned, step.logits[..., : self.sinks])
 
     def evict(self, step: DecodeStep, state: State) -> Tensor:
-        # The recent tokens stand in slots sinks.. in order of arrival and are overwritten in that order.
-        turn = (step.position - step.budget) % (step.budget - self.sinks)
+        # The recent tokens stand in slots sinks.. in order of arrival and are overwritten in that order. A prompt
+        # longer than the budget is evicted from at once (t = 0), a shorter one when the cache has filled up.
+        evictions = (step.position - step.budget).clamp_max(step.t)
+        turn = evictions % (step.budget - self.sinks)
         return (self.sinks + turn)[:, None].expand(-1, step.keys.shape[1])

@@ -105,6 +105,7 @@ class Engine:
     def _wave(self, jobs: list[Job]) -> Iterator[Generation]:
         """One wave; when memory runs out, what is unfinished is tried again in halves."""
         finished: set[tuple[int, Variant]] = set()
+        lanes: list[Lane] = []
         try:
             lanes = [lane for job in jobs for lane in self._prefill(job)]
             for result in self._decode(lanes):
@@ -115,6 +116,7 @@ class Engine:
             if not is_out_of_memory(error):
                 raise
             reason = str(error).splitlines()[0]
+        lanes.clear()  # or the failed wave's caches would stay while it is tried again
         self.memory.release()
         left = [Job(j.request, [v for v in j.variants if (id(j.request), v) not in finished]) for j in jobs]
         left = [j for j in left if j.variants]
@@ -144,7 +146,7 @@ class Engine:
             logits = self.model(ids, position_ids=positions, use_cache=False, logits_to_keep=1, lanes=prefill).logits[
                 :, -1
             ]
-            token = int(choose(logits, [(request, 0)])[0])
+            token = int(choose(logits.clone(), [(request, 0)])[0])  # fidelity needs them unchanged
         seconds = time.perf_counter() - started
         if token < 0:
             self._refuse_nan(request, prefill.forks[0].caches, 0, "the prompt")

@@ -113,13 +113,13 @@ class Generation:
 
     def describe_prompt(self, fork: Fork) -> None:
         """Record what is left of the prompt right after the cut."""
-        self.kept_prompt = [cache.positions[0].cpu() for cache in fork.caches]
+        self.kept_prompt = [cache.positions[0].to("cpu", copy=True) for cache in fork.caches]
         self.kv_bytes, self.bookkeeping_bytes = fork.nbytes(), fork.bookkeeping_nbytes()
         self.kv_bytes_full = sum(cache.entry_bytes for cache in fork.caches) * fork.length
 
     def describe_end(self, batch: LaneBatch, row: int) -> None:
         """Record what is cached when the lane has finished."""
         caches, lane = batch.locate(row)
-        self.kept_end = [cache.positions[lane, :, : cache.used[lane]].cpu() for cache in caches]
+        self.kept_end = [cache.positions[lane, :, : cache.used[lane]].to("cpu", copy=True) for cache in caches]
         held = sum(cache.entry_bytes * cache.used[lane] for cache in caches)
         self.kv_bytes_peak = max(self.kv_bytes, held)

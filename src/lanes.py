@@ -265,5 +265,5 @@ def settle(state: State, slot: Tensor) -> None:
     """Move the incoming token's column to its slot `(lanes, kv_heads)` in every slot tensor, and clear it."""
     for tensor in state.slots.values():
         index = slot.view(*slot.shape, *(1,) * (tensor.dim() - 2)).expand(*tensor.shape[:-1], 1)
-        tensor.scatter_(-1, index, tensor[..., -1:])
+        tensor.scatter_(-1, index, tensor[..., -1:].clone())  # torch refuses a source that overlaps its target
         tensor[..., -1] = 0
