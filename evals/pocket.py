@@ -145,9 +145,7 @@ PROMPTS = {
         "Some codes are hidden in the text below.\n\n{context}\n\n"
         "What is the code of the {input}? Answer with the five digits of the code."
     ),
-    "passage_retrieval": (
-        "Here are some paragraphs.\n\n{context}\n\nWhat is the number of the {input} paragraph?"
-    ),
+    "passage_retrieval": ("Here are some paragraphs.\n\n{context}\n\nWhat is the number of the {input} paragraph?"),
     "kv_lookup": "{context}\n\nOne line again:\nThe value of {input} is",
     "few_shot": "{context}\n{input}:",
 }

@@ -232,9 +232,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Tokenizer:
         raise InputError(f"{folder}: its tokenizer cannot be loaded ({first_line(error)})") from error
 
 
-def load_weights(
-    folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool
-) -> PreTrainedModel:
+def load_weights(folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> PreTrainedModel:
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,

@@ -13,9 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from src.retention_store import BINS
 from src.retention_summary import Profile
 
-MAP = (
-    "cividis"  # perceptually uniform, and its lightness rises evenly: the same order in print without colour
-)
+MAP = "cividis"  # perceptually uniform, and its lightness rises evenly: the same order in print without colour
 TICKS = (0, 1, 5, 10, 25, 50, 75, 100)
 
 

@@ -89,7 +89,7 @@ class Session:
         self.engine = Engine(self.model.model, lanes)
         self.interrupted = False
         self.failed = 0
-        tracking = Tracking(cfg.wandb.mode, project=cfg.wandb.project, entity=cfg.wandb.entity)
+        tracking = Tracking(**cfg.wandb)
         self.cells = [self._open(cell, tracking) for cell in cells]
 
     def run(self) -> int:

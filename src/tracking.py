@@ -112,9 +112,7 @@ class Tracking:
             return
         self._settled = True
         if self.mode == "auto":
-            wished = {"dryrun": "offline", "run": "online"}.get(
-                wish := os.environ.get("WANDB_MODE", ""), wish
-            )
+            wished = {"dryrun": "offline", "run": "online"}.get(wish := os.environ.get("WANDB_MODE", ""), wish)
             self.mode = wished if wished in MODES[1:] else "online" if key_configured() else "offline"
         if self.mode != "online":
             return
@@ -190,9 +188,7 @@ class WandbTracker(Tracker):
         code = int(bool(metrics.get("failed")))
         done, result = within(self._tracking.finish_timeout + 10, lambda: self._run.finish(code))
         if not done or isinstance(result, BaseException):
-            log.warning(
-                "W&B did not finish its upload; `wandb sync %s/wandb/*run*` does it later", self._folder
-            )
+            log.warning("W&B did not finish its upload; `wandb sync %s/wandb/*run*` does it later", self._folder)
 
     def _log_end(self, metrics: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> None:
         import numpy as np
@@ -203,9 +199,7 @@ class WandbTracker(Tracker):
         retention = metrics.get("retention") or {}
         if retention.get("histogram"):
             edges = np.linspace(0, 1, len(retention["histogram"]) + 1)
-            kept = (
-                np.asarray(retention["histogram"]) * retention["kept_mean"]
-            )  # entries of a mean layer and head
+            kept = np.asarray(retention["histogram"]) * retention["kept_mean"]  # entries of a mean layer and head
             last["retention/positions"] = wandb.Histogram(np_histogram=(kept, edges))
         picture = self._folder / "retention.png"
         if picture.exists():

@@ -307,9 +307,7 @@ def test_an_interrupted_unpacking_leaves_nothing(tmp_path: Path, monkeypatch: py
     assert (embedded.cached_copy(gguf) / "model.safetensors").is_file()
 
 
-def test_what_cannot_be_unpacked_is_refused_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_unpacked_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gguf = tmp_path / "model.gguf"
     gguf.write_bytes(b"not a GGUF file")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -63,9 +63,7 @@ def test_decile_shares_with_and_without_the_recent_window() -> None:
     kept = kept_set(20, 0, 1, 5, 18, 19)
     assert retention.decile_shares(kept).tolist() == [0.4, 0, 0.2, 0, 0, 0, 0, 0, 0, 0.4]
     # without the last ten positions the domain is 0..9, one position per tenth, and three entries are left
-    assert retention.decile_shares(kept, exclude_recent=10) == pytest.approx(
-        [1 / 3, 1 / 3, 0, 0, 0, 1 / 3, 0, 0, 0, 0]
-    )
+    assert retention.decile_shares(kept, exclude_recent=10) == pytest.approx([1 / 3, 1 / 3, 0, 0, 0, 1 / 3, 0, 0, 0, 0])
 
 
 def test_a_head_without_entries_in_the_domain_has_no_shares() -> None:
@@ -84,9 +82,7 @@ def test_occupancy_is_of_positions() -> None:
 def test_mean_position_of_a_uniform_set_is_one_half() -> None:
     assert retention.mean_position(np.ones(7, dtype=bool)) == pytest.approx(0.5)
     assert retention.mean_position(kept_set(10, 0, 1)) == pytest.approx(0.1)  # (0.05 + 0.15) / 2
-    assert retention.mean_position(kept_set(10, 0, 1, 9), exclude_recent=5) == pytest.approx(
-        0.2
-    )  # (.1 + .3) / 2
+    assert retention.mean_position(kept_set(10, 0, 1, 9), exclude_recent=5) == pytest.approx(0.2)  # (.1 + .3) / 2
 
 
 def test_recent_window_is_the_suffix_that_all_heads_kept() -> None:
@@ -251,9 +247,7 @@ def test_bins_store_counts_only_and_say_so(tmp_path: Path) -> None:
 
 
 def test_the_file_can_be_read_as_documented(tmp_path: Path) -> None:
-    write(
-        tmp_path / "r.npz", sample(10, [[0, 3]], end=[[3, 12]]), sample(10, [[1, 2]], key=("qa", "2", "bb"))
-    )
+    write(tmp_path / "r.npz", sample(10, [[0, 3]], end=[[3, 12]]), sample(10, [[1, 2]], key=("qa", "2", "bb")))
     with np.load(tmp_path / "r.npz", allow_pickle=False) as file:
         assert int(file["schema"]) == 1
         assert file["key"].tolist() == [["qa", "1", "aa"], ["qa", "2", "bb"]]

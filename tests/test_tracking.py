@@ -170,9 +170,7 @@ def test_a_closed_port_means_offline_quickly_and_one_warning(
     assert written(run)["config"]["budget"] == "4"
 
 
-def test_a_server_that_never_answers_does_not_hold_up_the_run(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_server_that_never_answers_does_not_hold_up_the_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
@@ -212,9 +210,7 @@ def test_auto_without_a_key_neither_contacts_a_server_nor_warns(
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
 
 
-@pytest.mark.parametrize(
-    ("wish", "mode"), [("disabled", "disabled"), ("dryrun", "offline"), ("offline", "offline")]
-)
+@pytest.mark.parametrize(("wish", "mode"), [("disabled", "disabled"), ("dryrun", "offline"), ("offline", "offline")])
 def test_auto_honours_wandb_mode(run: Path, monkeypatch: pytest.MonkeyPatch, wish: str, mode: str) -> None:
     monkeypatch.setenv("WANDB_MODE", wish)
     monkeypatch.setattr(WandbTracker, "__init__", lambda *_: None)
@@ -245,9 +241,7 @@ def test_the_configuration_names_exactly_the_settings() -> None:
     assert Tracking(**settings).mode == "auto"
 
 
-def test_failures_of_wandb_are_one_warning_and_no_exception(
-    run: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_failures_of_wandb_are_one_warning_and_no_exception(run: Path, caplog: pytest.LogCaptureFixture) -> None:
     class Broken:
         def define_metric(self, *_: Any, **__: Any) -> None:
             pass

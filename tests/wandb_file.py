@@ -52,7 +52,5 @@ def values(path: Path) -> dict[str, dict[str, str]]:
         else:
             continue
         for item in items:
-            found["config" if kind == "run" else kind]["/".join(item.nested_key) or item.key] = (
-                item.value_json
-            )
+            found["config" if kind == "run" else kind]["/".join(item.nested_key) or item.key] = item.value_json
     return found
