@@ -71,9 +71,7 @@ def load(
     root = Path(place).expanduser() if place else None
     if root is not None and not root.is_dir():
         setting = "tasks.data_dir" if data_dir else "LONGBENCH_DIR"
-        raise DataError(
-            f"{setting}={place}: no such folder; expected data/<task>.jsonl and config/*.json in it"
-        )
+        raise DataError(f"{setting}={place}: no such folder; expected data/<task>.jsonl and config/*.json in it")
     rows = row_folder(root, hub_repo, hub_revision)
     prompts, lengths = config_files(root, config_dir, config_url)
     samples = []

@@ -72,9 +72,7 @@ def unpack(archive: Path, target: Path) -> Path:
             for info in package.infolist():
                 path = PurePosixPath(info.filename.replace("\\", "/"))
                 if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
-                    raise DataError(
-                        f"{archive}: refused, it names a path outside of itself ({info.filename})"
-                    )
+                    raise DataError(f"{archive}: refused, it names a path outside of itself ({info.filename})")
                 if len(path.parts) == 2 and path.parts[0] == "data" and path.suffix == ".jsonl":
                     with package.open(info) as source, open(Path(work) / "whole" / path, "wb") as copy:
                         shutil.copyfileobj(source, copy)
@@ -82,9 +80,7 @@ def unpack(archive: Path, target: Path) -> Path:
                 raise DataError(f"{archive}: holds no data/<task>.jsonl")
             os.replace(Path(work) / "whole", target)
     except (zipfile.BadZipFile, NotImplementedError, EOFError) as error:
-        raise DataError(
-            f"{archive}: not a readable zip archive ({one_line(error)}); delete it and try again"
-        ) from None
+        raise DataError(f"{archive}: not a readable zip archive ({one_line(error)}); delete it and try again") from None
     except OSError as error:
         if target.is_dir():  # another process was faster
             return target
@@ -92,9 +88,7 @@ def unpack(archive: Path, target: Path) -> Path:
     return target
 
 
-def config_files(
-    root: Path | None, config_dir: str | None, url: str
-) -> tuple[dict[str, str], dict[str, int]]:
+def config_files(root: Path | None, config_dir: str | None, url: str) -> tuple[dict[str, str], dict[str, int]]:
     """Prompt formats and generation lengths: from config_dir, else `config` in the data folder, else from the URL."""
     if config_dir:
         folder = Path(config_dir).expanduser()
@@ -112,9 +106,7 @@ def config_files(
         try:
             text.format(context="", input="")
         except (KeyError, IndexError, ValueError) as error:
-            raise DataError(
-                f"{folder / PROMPTS}: the prompt of task {task} is malformed ({error!r})"
-            ) from None
+            raise DataError(f"{folder / PROMPTS}: the prompt of task {task} is malformed ({error!r})") from None
     lengths = read_table(folder / LENGTHS, int)
     for task, length in lengths.items():
         if length < 1:

@@ -48,19 +48,13 @@ def make_task(name: str) -> Task:
     )
 
 
-TASKS = {
-    name: make_task(name) for name in ("gsm8k_30", "mmlu_30", "csqa_40", "gsm8k_60", "mmlu_60", "csqa_80")
-}
+TASKS = {name: make_task(name) for name in ("gsm8k_30", "mmlu_30", "csqa_40", "gsm8k_60", "mmlu_60", "csqa_80")}
 
 
-def load(
-    names: list[str], limit: int | None, data_dir: str | None, reference_rows: bool = True
-) -> list[Sample]:
+def load(names: list[str], limit: int | None, data_dir: str | None, reference_rows: bool = True) -> list[Sample]:
     """The samples of the named tasks from data_dir/<dataset>/<task>.jsonl."""
     if not data_dir:
-        raise DataError(
-            f"tasks.data_dir=null: LongGenBench needs a folder with gsm8k/, mmlu/ and csqa/ from {SOURCE}"
-        )
+        raise DataError(f"tasks.data_dir=null: LongGenBench needs a folder with gsm8k/, mmlu/ and csqa/ from {SOURCE}")
     samples = []
     for name in names:
         path = Path(data_dir).expanduser() / name.split("_")[0] / f"{name}.jsonl"

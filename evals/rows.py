@@ -56,9 +56,7 @@ def texts(value: Any) -> bool:
 def check_field(place: str, row: Mapping[str, Any], name: str, good: Callable[[Any], bool], kind: str) -> Any:
     """The field's value, or an error that names the place, the field and what it should hold."""
     if name not in row:
-        raise DataError(
-            f"{place}: field '{name}' is missing (needs {kind}; it has {', '.join(row) or 'none'})"
-        )
+        raise DataError(f"{place}: field '{name}' is missing (needs {kind}; it has {', '.join(row) or 'none'})")
     if not good(row[name]):
         raise DataError(f"{place}: field '{name}' must be {kind}, found {type(row[name]).__name__}")
     return row[name]
@@ -112,9 +110,7 @@ def split_prompt(prompt_format: str, context: str, question: str) -> tuple[str, 
     return prompt_format[:at].format(**fields), prompt_format[at:].format(**fields)
 
 
-def to_sample(
-    task: Task, prompt_format: str, row: Mapping[str, Any], extra: dict[str, Any] | None = None
-) -> Sample:
+def to_sample(task: Task, prompt_format: str, row: Mapping[str, Any], extra: dict[str, Any] | None = None) -> Sample:
     before, after = split_prompt(prompt_format, row["context"], row["input"])
     return Sample(
         task=task,

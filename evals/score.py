@@ -31,9 +31,7 @@ def score_folder(folder: Path, edit_similarity: str = "levenshtein") -> dict[str
         task = find_task(path)
         scores |= score_file(path, path.stem, task, edit_similarity)
     for name, task_name in LONGGEN_FOLDERS.items():
-        files = [
-            path for path in sorted((folder / name).glob("*.json*")) if path.suffix in (".json", ".jsonl")
-        ]
+        files = [path for path in sorted((folder / name).glob("*.json*")) if path.suffix in (".json", ".jsonl")]
         files = [path for path in files if path.stem != "metrics"]
         if len(files) > 1:
             raise DataError(f"{folder / name}: {len(files)} prediction files, cannot tell which one to score")

@@ -75,6 +75,16 @@ class AhaKV(ScorePolicy):
     sinks: int = 0
     evicts_while_decoding: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.window < 1 or self.value_pool % 2 == 0 or self.score_pool % 2 == 0:
+            raise ValueError(
+                f"window={self.window}, value_pool={self.value_pool}, score_pool={self.score_pool}: "
+                "valid: a window of 1 or more, odd pools"
+            )
+        if self.value_pool // 2 >= self.window:
+            raise ValueError(f"value_pool={self.value_pool}: valid: narrower than twice window={self.window}")
+
     def recent(self, budget: int) -> int:
         return self.window
 

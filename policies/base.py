@@ -11,8 +11,8 @@ have a leading `lanes` dimension: lanes of one policy and one budget are answere
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -54,6 +54,12 @@ class Policy(ABC):
     evicts_while_decoding: ClassVar[bool] = False
     uses_budget: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        """Check every setting against its annotation; ValueError names the setting and what would be valid."""
+        hints = get_type_hints(type(self))
+        for setting in fields(self):
+            check(setting.name, getattr(self, setting.name), hints[setting.name])
+
     def least_budget(self) -> int:
         """The smallest budget (tokens per layer and KV head) with which the policy makes sense."""
         return 1
@@ -75,6 +81,23 @@ class Policy(ABC):
     def evict(self, step: DecodeStep, state: State) -> Tensor:
         """The slot that the incoming token takes when the cache is full, `(lanes, kv_heads)`, int64."""
         raise NotImplementedError(f"{type(self).__name__} does not evict while decoding")
+
+
+def check(name: str, value: Any, kind: Any) -> None:
+    """Raise ValueError unless `value` is one of a Literal's, or a sensible bool, int or float."""
+    if get_origin(kind) is Literal:
+        valid = value in get_args(kind)
+        wanted = ", ".join(str(choice) for choice in get_args(kind))
+    elif kind is bool:
+        valid, wanted = isinstance(value, bool), "true, false"
+    elif kind is int:
+        valid, wanted = type(value) is int and value >= 0, "a whole number, 0 or more"
+    elif kind is float:
+        valid, wanted = type(value) in (int, float) and value >= 0, "a number, 0 or more"
+    else:
+        return
+    if not valid:
+        raise ValueError(f"{name}={value}: valid: {wanted}")
 
 
 def keep_all(prompt: PromptAttention) -> Tensor:

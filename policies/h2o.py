@@ -34,6 +34,11 @@ class H2O(ScorePolicy):
     heavy_share: float = 0.5
     evicts_while_decoding: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.heavy_share > 1:
+            raise ValueError(f"heavy_share={self.heavy_share}: valid: a share in [0, 1]")
+
     def recent(self, budget: int) -> int:
         return budget - min(budget - 1, max(1, round(self.heavy_share * budget)))
 

@@ -35,6 +35,11 @@ class SnapKV(ScorePolicy):
     pooling: Literal["max", "avg"] = "max"
     group: Literal["mean", "max"] = "mean"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.window < 1 or self.kernel % 2 == 0:
+            raise ValueError(f"window={self.window}, kernel={self.kernel}: valid: a window of 1 or more, an odd kernel")
+
     def recent(self, budget: int) -> int:
         return self.window
 

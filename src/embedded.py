@@ -10,18 +10,25 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
-from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from src.errors import InputError
 
 log = logging.getLogger(__name__)
 
 CACHE_NAME = "kv-eviction-bench"
-CONVERSION = 1  # raise when the conversion below changes, so that older copies are not used
+CONVERSION = 2  # raise when the conversion below changes, so that older copies are not used
 
 
 def package_file(name: str) -> Path:
@@ -51,8 +58,13 @@ def cached_copy(gguf: Path) -> Path:
     if target.is_dir():
         return target
     log.warning("unpacking %s once into %s", gguf.name, target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise InputError(
+            f"XDG_CACHE_HOME: {target.parent} cannot be written ({error}); set it to a folder that can"
+        ) from error
     try:
         model, tokenizer = unpack(gguf)
         model.save_pretrained(work)
@@ -62,6 +74,9 @@ def cached_copy(gguf: Path) -> Path:
         except OSError:
             if not target.is_dir():  # anything but "another process was first"
                 raise
+    except Exception as error:  # a damaged file, a full disk, an architecture that transformers cannot unpack
+        cause = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"{gguf}: cannot be unpacked into {target.parent} ({cause[0]})") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return target
@@ -82,7 +97,6 @@ def fingerprint(gguf: Path) -> str:
 
 def unpack(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model (float32, exactly what the packed numbers stand for) and tokenizer of a GGUF file."""
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     packed = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     # Newer versions of transformers mark the model as quantised and refuse to save it, although every
     # weight is plain float32 by now: move the weights into an unmarked model.
@@ -94,18 +108,40 @@ def unpack(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     plain.load_state_dict(packed.state_dict(), assign=True)
     plain.tie_weights()
     plain.generation_config = packed.generation_config
-    if pretokenizer_name(gguf) == "smollm":
-        # transformers splits like GPT-2; this model was trained on text whose digits are split off first
-        # (else "\n\n1" and other white space before digits come out in tokens the model hardly knows).
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        )
-    return plain, tokenizer
+    return plain, smollm_tokenizer(gguf) or AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
 
 
-def pretokenizer_name(gguf: Path) -> str:
-    """How the file says its text is split before the merges, e.g. "smollm"."""
+def smollm_tokenizer(gguf: Path) -> PreTrainedTokenizerFast | None:
+    """The tokenizer of a SmolLM file, None for any other.
+
+    transformers' own conversion splits text as GPT-2 does, while this model was trained on text whose digits
+    are split off first (else white space before a digit comes out in tokens it hardly knows); some versions
+    also add a leading token and take the wrong end token. So it is built from the lists in the file.
+    """
     from gguf import GGUFReader  # here, since only unpacking needs it
 
-    field = GGUFReader(gguf).get_field("tokenizer.ggml.pre")
-    return str(field.contents()) if field else ""
+    reader = GGUFReader(gguf)
+
+    def read(key: str) -> Any:
+        field = reader.get_field(f"tokenizer.{key}")
+        return field.contents() if field else None
+
+    if (read("ggml.model"), read("ggml.pre")) != ("gpt2", "smollm"):
+        return None
+    names, kinds = read("ggml.tokens"), read("ggml.token_type")
+    merges = [tuple(merge.split(" ")) for merge in read("ggml.merges")]
+    backend = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    control = 3  # llama.cpp's number for tokens that are never split
+    backend.add_special_tokens([name for name, kind in zip(names, kinds, strict=True) if kind == control])
+    roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    special = {f"{role}_token": names[read(f"ggml.{key}_token_id")] for role, key in roles.items()}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=read("chat_template"),
+        clean_up_tokenization_spaces=False,
+        **special,
+    )

@@ -13,6 +13,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.utils import logging as transformers_logging
 
 from src.embedded import cached_copy, package_file
 from src.errors import InputError
@@ -62,6 +63,7 @@ class LoadedModel:
 def load_model(cfg: Mapping[str, Any] | DictConfig) -> LoadedModel:
     """Load what a `conf/model` file describes. Keys left out have the values of `_base.yaml`."""
     settings = {**read_yaml("_base"), **as_dict(cfg)}
+    transformers_logging.disable_progress_bar()
     name = model_name(settings)
     device = choose_device(str(settings["device"]))
     dtype = choose_dtype(str(settings["dtype"]), device)
@@ -70,6 +72,7 @@ def load_model(cfg: Mapping[str, Any] | DictConfig) -> LoadedModel:
         source = f"random weights in the shape of {settings['like']}"
     else:
         folder, source = find_weights(settings)
+        check_folder(folder)
         tokenizer = load_tokenizer(folder, bool(settings["trust_remote_code"]))
         model = load_weights(folder, dtype, device, bool(settings["trust_remote_code"]))
     model.eval().requires_grad_(False)
@@ -210,14 +213,8 @@ def find_weights(settings: Mapping[str, Any]) -> tuple[Path, str]:
     raise InputError("model.path=null: give model.path=FOLDER (or model.hub_id=OWNER/NAME)")
 
 
-def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Tokenizer:
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever it is, the folder lacks a tokenizer that this machine can read
-        raise InputError(f"{folder}: its tokenizer cannot be loaded ({first_line(error)})") from error
-
-
-def load_weights(folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> PreTrainedModel:
+def check_folder(folder: Path) -> None:
+    """Say what a folder lacks before anything is read from it."""
     if not any(folder.glob("*.safetensors")):
         pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
         reason = f"only {pickles[0]}, a pickle, which is never opened" if pickles else "no *.safetensors"
@@ -226,6 +223,18 @@ def load_weights(folder: Path, dtype: torch.dtype, device: torch.device, trust_r
         )
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: no config.json; a model folder holds it beside the weights")
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Tokenizer:
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever it is, the folder lacks a tokenizer that this machine can read
+        raise InputError(f"{folder}: its tokenizer cannot be loaded ({first_line(error)})") from error
+
+
+def load_weights(
+    folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool
+) -> PreTrainedModel:
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -240,6 +249,11 @@ def load_weights(folder: Path, dtype: torch.dtype, device: torch.device, trust_r
     model, report = loaded
     if missing := sorted(report["missing_keys"]):  # transformers would only warn, and fill in random numbers
         raise InputError(f"{folder}: {len(missing)} weights are missing, the first is {missing[0]}")
+    if not getattr(model, "_supports_attention_backend", True):
+        raise InputError(
+            f"{folder}: model type {model.config.model_type} computes attention in code of its own, so no "
+            "cache policy can be plugged in; Llama, Mistral, Qwen, Gemma and Phi3 models are known to work"
+        )
     return model
 
 

@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 METRICS, SETTINGS, JOURNAL = "metrics.json", "settings.json", "retention.part"
 WRITTEN = (
     *(PREDICTIONS, METRICS, SETTINGS, JOURNAL, "config.yaml", "environment.json"),
-    *("retention.npz", "retention.png"),
+    *("retention.npz", "retention.png", "wandb_id"),
 )
 PEAKS = ("peak_bytes", "peak_prefill_bytes", "peak_decode_bytes")
 
@@ -154,9 +154,7 @@ class RunFolder:
                 f"{self.path}: another process is writing this results folder; wait for it or stop it"
             ) from None
         except OSError as error:
-            log.warning(
-                "%s: this file system cannot lock (%s); start no second run here", self.path, error.strerror
-            )
+            log.warning("%s: this file system cannot lock (%s); start no second run here", self.path, error.strerror)
         return lock
 
     def _open(
@@ -165,6 +163,7 @@ class RunFolder:
         if overwrite:
             for name in WRITTEN:
                 (self.path / name).unlink(missing_ok=True)
+                (self.path / f"{name}.part").unlink(missing_ok=True)
         self._check_settings(settings)
         if config:
             write_whole(self.path / "config.yaml", config)
@@ -180,22 +179,16 @@ class RunFolder:
         path, ours = self.path / SETTINGS, canonical(settings)
         if not path.exists():
             if (self.path / PREDICTIONS).exists():
-                raise InputError(
-                    f"{self.path}: holds predictions but no {SETTINGS}, so whose they are is unknown"
-                )
+                raise InputError(f"{self.path}: holds predictions but no {SETTINGS}, so whose they are is unknown")
             write_whole(path, json.dumps(json.loads(ours), indent=2, ensure_ascii=False) + "\n")
             return
         try:
             theirs = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
-            raise InputError(
-                f"{path}: broken JSON; run with overwrite=true to start this folder afresh"
-            ) from None
+            raise InputError(f"{path}: broken JSON; run with overwrite=true to start this folder afresh") from None
         if canonical(theirs) != ours:
             names = ", ".join(differences(theirs, json.loads(ours)))
-            raise InputError(
-                f"{self.path}: its results were made with other settings ({names}); move it away"
-            )
+            raise InputError(f"{self.path}: its results were made with other settings ({names}); move it away")
 
     def _write_environment(self, now: dict[str, Any]) -> None:
         """The present environment; different earlier ones of the same folder are kept below it."""

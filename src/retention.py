@@ -10,6 +10,7 @@ a score prefers. Position p has relative position (p + 1/2) / n, so that a unifo
 exactly. KL is in nats. A head that kept nothing in the domain has no shares: NaN.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -59,9 +60,7 @@ def decile_shares(kept: NDArray[np.bool_], exclude_recent: int = 0) -> Floats:
 
 
 def occupancy(kept: NDArray[np.bool_], bins: int = BINS, exclude_recent: int = 0) -> Floats:
-    """(..., bins) kept entries / positions of the bin; NaN for bins without positions (prompts under 64
-    tokens).
-    """
+    """(..., bins) kept entries / positions of the bin; NaN for bins without any (prompts under 64 tokens)."""
     kept = domain(kept, exclude_recent)
     counts, positions = bin_counts(kept, bins).astype(float), capacity(kept.shape[-1], bins)
     return np.divide(counts, positions, out=np.full_like(counts, np.nan), where=positions > 0)
@@ -75,9 +74,11 @@ def capacity(n: int, bins: int = BINS) -> NDArray[np.int64]:
 def mean_position(kept: NDArray[np.bool_], exclude_recent: int = 0) -> Floats:
     """(...) mean relative position of the kept entries: 0 the beginning, 1 the end, 1/2 no preference."""
     kept = domain(kept, exclude_recent)
-    total = kept.sum(axis=-1)
-    centres = (np.arange(kept.shape[-1]) + 0.5) / max(kept.shape[-1], 1)
-    return np.divide(kept @ centres, total, out=np.full(total.shape, np.nan), where=total > 0)
+    shape, n = kept.shape[:-1], max(kept.shape[-1], 1)
+    head, position = np.divmod(np.flatnonzero(kept), n)
+    total = np.bincount(head, minlength=math.prod(shape))
+    places = np.bincount(head, (position + 0.5) / n, minlength=math.prod(shape))
+    return np.divide(places, total, out=np.full(total.shape, np.nan), where=total > 0).reshape(shape)
 
 
 def kl_to_uniform(share: ArrayLike, positions: ArrayLike | None = None) -> Floats:
@@ -93,9 +94,7 @@ def kl_to_uniform(share: ArrayLike, positions: ArrayLike | None = None) -> Float
 
 
 def gini(share: ArrayLike, positions: ArrayLike | None = None) -> Floats:
-    """(...) Gini coefficient of the kept entries per position over the bins: 0 all alike, 1 - 1/bins all in
-    one bin.
-    """
+    """(...) Gini coefficient over bins of kept entries per position: 0 all alike, 1 - 1/bins all in one."""
     share, reference = _with_reference(share, positions)
     density = np.divide(share, reference, out=np.full_like(share, np.inf), where=reference > 0)
     order = np.argsort(density, axis=-1)
@@ -148,25 +147,19 @@ def overlap(a: Retention, b: Retention, moment: str = "prompt", exclude_recent: 
     for key in keys:
         first, second = a.sample(key).kept(moment), b.sample(key).kept(moment)
         if first.shape != second.shape:
-            raise InputError(
-                f"{a.path} and {b.path}: results of different models or prompts cannot be compared"
-            )
+            raise InputError(f"{a.path} and {b.path}: results of different models or prompts cannot be compared")
         by_task.setdefault(key[0], []).append(jaccard(first, second, exclude_recent))
     every = np.stack([each for rows in by_task.values() for each in rows])
     return {
         "samples": len(keys),
         "mean": nan_mean(every),
         "per_layer": [nan_mean(every[:, layer]) for layer in range(every.shape[1])],
-        "per_head": [
-            [nan_mean(every[:, i, j]) for j in range(every.shape[2])] for i in range(every.shape[1])
-        ],
+        "per_head": [[nan_mean(every[:, i, j]) for j in range(every.shape[2])] for i in range(every.shape[1])],
         "per_task": {task: nan_mean(np.stack(rows)) for task, rows in sorted(by_task.items())},
     }
 
 
-def span_retention(
-    samples: Iterable[KeptSample], spans: dict[tuple[str, str], tuple[int, int]]
-) -> dict[str, Any]:
+def span_retention(samples: Iterable[KeptSample], spans: dict[tuple[str, str], tuple[int, int]]) -> dict[str, Any]:
     """Share of each sample's span (task, id -> start, stop in tokens) kept: at the prompt's end and at the
     end.
 
@@ -210,9 +203,7 @@ def log_slope(scores: ArrayLike, first: int = 1, last: int | None = None) -> Flo
         raise ValueError(f"positions {first}..{last}: need at least two within 1..{scores.shape[-1]}")
     flat = scores[..., first - 1 : last].reshape(-1, last - first + 1)
     x = np.log(np.arange(first, last + 1))
-    slopes = [
-        np.polyfit(x[row > 0], np.log(row[row > 0]), 1)[0] if (row > 0).sum() > 1 else np.nan for row in flat
-    ]
+    slopes = [np.polyfit(x[row > 0], np.log(row[row > 0]), 1)[0] if (row > 0).sum() > 1 else np.nan for row in flat]
     return np.asarray(slopes).reshape(scores.shape[:-1])
 
 

@@ -17,6 +17,7 @@ The file `retention.npz` (schema 1) can be read with `numpy.load` alone; nothing
 import io
 import json
 import logging
+import math
 import os
 import struct
 import zipfile
@@ -90,17 +91,18 @@ class KeptSample:
 
 
 def bin_edges(n: int, bins: int = BINS) -> NDArray[np.int64]:
-    """Position p of n is in bin floor(bins p / n): bin b holds positions edges[b] up to, without, edges[b +
-    1].
-    """
+    """edges[b] is the first position of bin b; position p of n lies in bin floor(bins p / n)."""
     return -(-np.arange(bins + 1, dtype=np.int64) * n // bins)
 
 
 def bin_counts(kept: NDArray[np.bool_], bins: int = BINS) -> NDArray[np.int64]:
     """Kept entries in each of `bins` bins of relative position along the last axis."""
-    before = np.zeros((*kept.shape[:-1], kept.shape[-1] + 1), dtype=np.int64)
-    np.cumsum(kept, axis=-1, out=before[..., 1:])
-    return np.diff(before[..., bin_edges(kept.shape[-1], bins)], axis=-1)
+    n = kept.shape[-1]
+    head, position = np.divmod(np.flatnonzero(kept), max(n, 1))  # few are kept: their list is short
+    heads = math.prod(kept.shape[:-1])
+    return np.bincount(head * bins + position * bins // max(n, 1), minlength=heads * bins).reshape(
+        *kept.shape[:-1], bins
+    )
 
 
 def kept_sample(key: Key, n: int, kept: Kept, mode: str = "positions") -> KeptSample:
@@ -152,9 +154,7 @@ class Journal:
         fields = {"key": sample.key, "n": sample.n, "binned": sample.binned, "shape": sample.prompt.shape}
         header = json.dumps(fields).encode()
         payload = zlib.compress(b"".join(np.ascontiguousarray(x).tobytes() for x in arrays), 1)
-        frame = (
-            _FRAME.pack(_MAGIC, len(header), len(payload), zlib.crc32(header + payload)) + header + payload
-        )
+        frame = _FRAME.pack(_MAGIC, len(header), len(payload), zlib.crc32(header + payload)) + header + payload
         with self.path.open("ab") as file:
             start = file.tell()
             file.write(frame)
@@ -170,9 +170,7 @@ class Journal:
         _, header_size, _, crc = _FRAME.unpack_from(frame)
         body = frame[_FRAME.size :]
         if zlib.crc32(body) != crc:
-            raise InputError(
-                f"{self.path}: the entry of {key[0]} {key[1]} is damaged; run with overwrite=true"
-            )
+            raise InputError(f"{self.path}: the entry of {key[0]} {key[1]} is damaged; run with overwrite=true")
         header = json.loads(body[:header_size])
         data = zlib.decompress(body[header_size:])
         shape = tuple(header["shape"])
@@ -215,9 +213,7 @@ class Retention:
             self._file = np.load(path, allow_pickle=False)
             schema = int(self._file["schema"])
         except FileNotFoundError:
-            raise InputError(
-                f"{path}: no such file; a finished run with retention=positions writes it"
-            ) from None
+            raise InputError(f"{path}: no such file; a finished run with retention=positions writes it") from None
         except (OSError, ValueError, KeyError, zipfile.BadZipFile):
             raise InputError(f"{path}: not a retention file (or damaged)") from None
         if schema != SCHEMA:
@@ -243,9 +239,7 @@ class Retention:
         i = self._index[key]
         prompt = self._file[f"prompt_{i:06d}"]
         end = prompt if self._end_same[i] else self._file[f"end_{i:06d}"]
-        return KeptSample(
-            key, int(self._n[i]), bool(self._binned[i]), prompt, end, self._file[f"generated_{i:06d}"]
-        )
+        return KeptSample(key, int(self._n[i]), bool(self._binned[i]), prompt, end, self._file[f"generated_{i:06d}"])
 
     def close(self) -> None:
         self._file.close()

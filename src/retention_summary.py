@@ -10,7 +10,7 @@ all layers and heads kept. Samples whose prompt was kept whole have no heavy par
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -39,31 +39,36 @@ class _Sums:
     position: Floats
     occupancy: Floats
     samples: Floats  # (layers, kv_heads)
+    drift: Floats  # (layers, kv_heads)
+    drifted: Floats  # (layers, kv_heads), how many samples each head's drift is of
     positions: Floats  # (64,) positions per bin / positions, summed over samples
     count: int = 0
 
     @classmethod
     def empty(cls, layers: int, heads: int) -> _Sums:
-        shape = (layers, heads)
-        bins, tenths, one = np.zeros((*shape, BINS)), np.zeros((*shape, 10)), np.zeros(shape)
-        return cls(bins, tenths, one, bins.copy(), one.copy(), np.zeros(BINS))
+        bins, tenths = np.zeros((layers, heads, BINS)), np.zeros((layers, heads, 10))
+        one = [np.zeros((layers, heads)) for _ in range(4)]
+        return cls(bins, tenths, one[0], bins.copy(), one[1], one[2], one[3], np.zeros(BINS))
 
-    def add(self, counts: NDArray[np.int64], tenths: Floats, position: Floats, n: int) -> None:
-        there = counts.sum(axis=-1) > 0
+    def add(self, of: _Figures) -> None:
+        there = of.counts.sum(axis=-1) > 0
         if not there.any():
             return
-        capacity = retention.capacity(n)
-        self.histogram += np.nan_to_num(retention.shares(counts))
-        self.tenths += np.nan_to_num(retention.shares(tenths))
-        self.position += np.nan_to_num(position)
-        self.occupancy += counts / np.maximum(capacity, 1)
+        capacity = retention.capacity(of.n)
+        self.histogram += np.nan_to_num(retention.shares(of.counts))
+        self.tenths += np.nan_to_num(retention.shares(of.tenths))
+        self.position += np.nan_to_num(of.position)
+        self.occupancy += of.counts / np.maximum(capacity, 1)
         self.samples += there
-        self.positions += capacity / n
+        self.positions += capacity / of.n
         self.count += 1
 
+    def add_drift(self, drift: Floats) -> None:
+        self.drift += np.nan_to_num(drift)
+        self.drifted += ~np.isnan(drift)
+
     def plus(self, other: _Sums) -> _Sums:
-        names = ("histogram", "tenths", "position", "occupancy", "samples", "positions", "count")
-        return _Sums(**{name: getattr(self, name) + getattr(other, name) for name in names})
+        return _Sums(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
 
     def measures(self, group: Any = ()) -> dict[str, Any] | None:
         """The figures of a group of heads, chosen by an index into (layers, kv_heads)."""
@@ -71,6 +76,7 @@ class _Sums:
         if not samples:
             return None
         axes = tuple(range(self.samples[group].ndim))
+        drifted = self.drifted[group].sum()
         histogram, tenths = (x[group].sum(axis=axes) / samples for x in (self.histogram, self.tenths))
         return {
             "decile_shares": rounded(tenths),
@@ -78,6 +84,7 @@ class _Sums:
             "kl_uniform": rounded(retention.kl_to_uniform(histogram, self.positions)),
             "gini": rounded(retention.gini(histogram, self.positions)),
             "first_to_last_decile": rounded(tenths[0] / tenths[-1]) if tenths[-1] > 0 else None,
+            "drift": rounded(self.drift[group].sum() / drifted) if drifted else None,
         }
 
 
@@ -109,57 +116,68 @@ class Profile:
 
 
 def profile(samples: Iterable[KeptSample], recent: int | None = None) -> Profile:
-    """Read every sample once. `recent`: positions of the forced recent window; None: as observed in each
-    sample.
-    """
+    """Read every sample once. `recent`: positions of the forced window; None: as observed in each sample."""
     result = Profile()
     for sample in samples:
-        layers, heads = sample.prompt.shape[:2]
-        result.layers, result.heads = layers, heads
-        whole = result.whole.setdefault(sample.task, _Sums.empty(layers, heads))
-        if sample.binned:
-            counts = sample.counts()
-            position = retention.shares(counts) @ ((np.arange(BINS) + 0.5) / BINS)
-            whole.add(counts, counts @ _BINS_TO_TENTHS, position, sample.n)
-        else:
-            kept = sample.kept()
-            whole.add(*_figures(kept), sample.n)
-            window = retention.recent_window(kept) if recent is None else min(recent, sample.n)
-            if window < sample.n:
-                heavy = result.heavy.setdefault(sample.task, _Sums.empty(layers, heads))
-                heavy.add(*_figures(retention.domain(kept, window)), sample.n - window)
-        result.rows.append(sample_measures(sample, recent))
+        result.layers, result.heads = sample.prompt.shape[:2]
+        row, whole, heavy, drift = _measured(sample, recent)
+        result.rows.append(row)
+        for sums, figures in ((result.whole, whole), (result.heavy, heavy)):
+            if figures is not None:
+                sums.setdefault(sample.task, _Sums.empty(result.layers, result.heads)).add(figures)
+        if drift is not None:
+            result.whole[sample.task].add_drift(drift)
     return result
 
 
-def _figures(kept: NDArray[np.bool_]) -> tuple[NDArray[np.int64], Floats, Floats]:
-    tenths = retention.bin_counts(kept, 10).astype(float)
-    return retention.bin_counts(kept), tenths, retention.mean_position(kept)
-
-
 def sample_measures(sample: KeptSample, recent: int | None = None) -> dict[str, Any]:
-    """One sample as one row of a table (means over its layers and heads), for bootstrap intervals and
-    notebooks.
-    """
-    counts = sample.counts()
-    row: dict[str, Any] = {
-        **dict(zip(("task", "id", "prompt_hash"), sample.key, strict=True)),
-        "n": sample.n,
-        "kept": float(counts.sum(axis=-1).mean()),
-        "generated": float(sample.generated.mean()),
-    }
+    """One sample as one row of a table (means over layers and heads): for bootstrap intervals, notebooks."""
+    return _measured(sample, recent)[0]
+
+
+@dataclass(frozen=True)
+class _Figures:
+    """Of one sample, per layer and head: entries per bin and tenth, mean position; over n positions."""
+
+    counts: NDArray[np.int64]
+    tenths: Floats
+    position: Floats
+    n: int
+
+
+def _measured(
+    sample: KeptSample, recent: int | None
+) -> tuple[dict[str, Any], _Figures, _Figures | None, Floats | None]:
+    """The table row, the figures of the whole prompt and of the heavy part, the drift per layer and head."""
+    row: dict[str, Any] = dict(zip(("task", "id", "prompt_hash"), sample.key, strict=True))
+    row |= {"n": sample.n, "generated": float(sample.generated.mean())}
     if sample.binned:
-        return row
+        counts = sample.counts()
+        position = retention.shares(counts) @ ((np.arange(BINS) + 0.5) / BINS)
+        whole = _Figures(counts, counts @ _BINS_TO_TENTHS, position, sample.n)
+        return row | {"kept": _entries(whole)}, whole, None, None
     kept = sample.kept()
+    whole = _figures(kept)
     window = retention.recent_window(kept) if recent is None else min(recent, sample.n)
-    row["recent"] = window
-    for name, exclude in (("", 0), ("heavy_", window)):
-        tenths = retention.decile_shares(kept, exclude).reshape(-1, 10)
-        row[f"{name}first_decile"] = retention.nan_mean(tenths[:, 0])
-        row[f"{name}last_decile"] = retention.nan_mean(tenths[:, -1])
-        row[f"{name}mean_position"] = retention.nan_mean(retention.mean_position(kept, exclude))
-    row["drift"] = retention.nan_mean(retention.drift(kept, sample.kept("end")))
-    return row
+    heavy = _figures(retention.domain(kept, window)) if window < sample.n else None
+    same = sample.end is sample.prompt
+    drift = np.zeros(kept.shape[:-1]) if same else retention.drift(kept, sample.kept("end"))
+    row |= {"kept": _entries(whole), "recent": window, "drift": retention.nan_mean(drift)}
+    for name, figures in (("", whole), ("heavy_", heavy)):
+        tenths = retention.shares(figures.tenths) if figures else np.full((1, 1, 10), np.nan)
+        row[f"{name}first_decile"] = retention.nan_mean(tenths[..., 0])
+        row[f"{name}last_decile"] = retention.nan_mean(tenths[..., -1])
+        row[f"{name}mean_position"] = retention.nan_mean(figures.position) if figures else None
+    return row, whole, heavy, drift
+
+
+def _figures(kept: NDArray[np.bool_]) -> _Figures:
+    tenths = retention.bin_counts(kept, 10).astype(float)
+    return _Figures(retention.bin_counts(kept), tenths, retention.mean_position(kept), kept.shape[-1])
+
+
+def _entries(figures: _Figures) -> float:
+    return float(figures.counts.sum(axis=-1).mean())
 
 
 def summarise(samples: Iterable[KeptSample] | Profile, recent: int | None = None) -> dict[str, Any]:
@@ -175,7 +193,6 @@ def summarise(samples: Iterable[KeptSample] | Profile, recent: int | None = None
         "kept_mean": _mean(data.rows, "kept"),
         "recent_mean": _mean(data.rows, "recent"),
         "generated_mean": _mean(data.rows, "generated"),
-        "drift": _mean(data.rows, "drift"),
         **(whole.measures() or {}),
         "histogram": rounded(data.histogram()),
         "heavy": _heavy(heavy),
@@ -189,7 +206,10 @@ def summarise(samples: Iterable[KeptSample] | Profile, recent: int | None = None
 
 def _heavy(sums: _Sums) -> dict[str, Any] | None:
     measures = sums.measures()
-    return None if measures is None else {"samples": sums.count, **measures}
+    if measures is None:
+        return None
+    del measures["drift"]  # is of the whole prompt
+    return {"samples": sums.count, **measures}
 
 
 def _task(task: str, data: Profile) -> dict[str, Any]:
@@ -198,7 +218,6 @@ def _task(task: str, data: Profile) -> dict[str, Any]:
     return {
         "samples": len(rows),
         "kept_mean": _mean(rows, "kept"),
-        "drift": _mean(rows, "drift"),
         **(data.whole[task].measures() or {}),
         "heavy": _heavy(heavy) if heavy else None,
     }
@@ -206,17 +225,21 @@ def _task(task: str, data: Profile) -> dict[str, Any]:
 
 def _columns(rows: list[dict[str, Any] | None]) -> dict[str, list[Any]]:
     """Measures of every layer as one list per measure; deciles as first and last only."""
-    scalar = ("mean_position", "kl_uniform", "gini")
+    scalar = ("mean_position", "kl_uniform", "gini", "drift")
     columns = {name: [row and row[name] for row in rows] for name in scalar}
+    if all(value is None for value in columns["drift"]):
+        del columns["drift"]
     for name, place in (("first_decile", 0), ("last_decile", -1)):
         columns[name] = [row and row["decile_shares"][place] for row in rows]
     return columns
 
 
-def _grid(sums: _Sums, data: Profile) -> dict[str, list[list[Any]]]:
+def _grid(sums: _Sums, data: Profile) -> dict[str, list[Any]]:
     """The same per head: lists over layers of lists over KV heads."""
-    rows = [_columns([sums.measures((i, j)) for j in range(data.heads)]) for i in range(data.layers)]
-    return {name: [row[name] for row in rows] for name in (rows[0] if rows else {})}
+    rows: list[dict[str, list[Any]]] = [
+        _columns([sums.measures((i, j)) for j in range(data.heads)]) for i in range(data.layers)
+    ]
+    return {name: [row.get(name) for row in rows] for name in rows[0]}
 
 
 def _mean(rows: list[dict[str, Any]], name: str) -> float | None:

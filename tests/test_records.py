@@ -114,9 +114,7 @@ def test_changed_data_replaces_the_old_record_and_may_change_back(tmp_path: Path
 
 
 @pytest.mark.parametrize("cut", [1, 20, 200])
-def test_a_torn_last_line_is_cut_off_with_a_warning(
-    tmp_path: Path, cut: int, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_torn_last_line_is_cut_off_with_a_warning(tmp_path: Path, cut: int, caplog: pytest.LogCaptureFixture) -> None:
     with folder(tmp_path) as run:
         run.append(record(id_="1"))
         run.append(record(id_="2"))
@@ -163,9 +161,7 @@ def test_kill_nine_at_any_moment_then_resume_gives_the_same_tables(tmp_path: Pat
         process = subprocess.Popen([*command, str(disturbed)], cwd=root)
         lines, target = disturbed / "predictions.jsonl", int(random.integers(1, 8))
         before = lines.stat().st_size if lines.exists() else 0
-        while (
-            process.poll() is None and (lines.stat().st_size if lines.exists() else 0) < before + 200 * target
-        ):
+        while process.poll() is None and (lines.stat().st_size if lines.exists() else 0) < before + 200 * target:
             time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL  # else it had finished, and nothing was tested
@@ -288,9 +284,7 @@ def test_peaks_survive_a_resume_that_has_nothing_to_do(tmp_path: Path) -> None:
 
 def test_metrics_by_hand() -> None:
     rows = [
-        record(
-            "a", "1", score=0.0, new_tokens=5, decode_seconds=2.0, kv_bytes=100, extra_scores={"rouge1": 10.0}
-        ),
+        record("a", "1", score=0.0, new_tokens=5, decode_seconds=2.0, kv_bytes=100, extra_scores={"rouge1": 10.0}),
         record(
             "a",
             "2",

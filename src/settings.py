@@ -1,0 +1,195 @@
+"""Configuration: compose it, turn Hydra's complaints into one line, make policies and cells out of it."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from evals.errors import DataError
+from evals.tasks import task_names
+from policies.base import Policy
+from src.errors import InputError
+from src.jobs import Variant
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+SUITES = ("pocket", "longbench", "longgenbench")
+
+
+@dataclass(frozen=True)
+class CellConfig:
+    """One policy at one budget, with the settings it was made from (they go into the results folder's hash)."""
+
+    label: str  # the policy's name
+    settings: dict[str, Any]
+    variant: Variant
+    shown: str = ""  # the name with the options that were changed, for people
+
+    @property
+    def budget(self) -> int | float | None:
+        return self.variant.budget
+
+
+def main(config_name: str, job: Callable[[DictConfig], int]) -> int:
+    """Run `job` under Hydra, once or for `-m` many times, and turn what goes wrong into one line on stderr.
+
+    Returns:
+        The exit code, the largest of all jobs': 0, 1 (samples failed), 2 (a setting or an input is wrong).
+    """
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us as exceptions
+    register_tasks()
+    codes: list[int] = []
+
+    def collect(cfg: DictConfig) -> int:
+        several = HydraConfig.get().mode == RunMode.MULTIRUN
+        which = f"job {HydraConfig.get().job.override_dirname}: " if several else ""
+        try:
+            codes.append(job(cfg))
+        except (InputError, DataError) as error:
+            codes.append(complain(which + str(error)))
+        return codes[-1]
+
+    collect.__module__, collect.__qualname__ = job.__module__, job.__qualname__
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(collect)()
+    except (HydraException, OmegaConfBaseException) as error:
+        return complain(explain(error, config_name, sys.argv[1:]))
+    except KeyboardInterrupt:
+        return 130
+    return max(codes, default=0)
+
+
+def complain(message: str) -> int:
+    """One line on stderr; returns the exit code for it."""
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+def register_tasks() -> None:
+    """`tasks=hotpotqa` and every other single task, as a config that narrows its suite's."""
+    store = ConfigStore.instance()
+    for suite in SUITES:
+        for name in task_names(suite):
+            if not (CONF / "tasks" / f"{name}.yaml").exists():
+                store.store(group="tasks", name=name, node={"defaults": [suite, "_self_"], "names": [name]})
+
+
+def explain(error: Exception, config_name: str, arguments: list[str]) -> str:
+    """Hydra's message as one line: the setting, its value and what would be valid."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, value = str(error.missing_cfg_file).rpartition("/")
+        valid = ", ".join(sorted(o for o in error.options or [] if not o.startswith("_")))
+        return f"{group or 'config'}={value}: no such configuration; valid: {valid}"
+    cause = error.__cause__ or error
+    found = re.search(r"Could not override '([^']+)'", str(error))
+    if found:
+        name = found[1]
+        parent, _, key = name.rpartition(".")
+        return f"{name}: no setting named {key!r}; valid{f' in {parent}' if parent else ''}: " + valid_keys(
+            config_name, parent, arguments
+        )
+    return str(cause).splitlines()[0]
+
+
+def valid_keys(config_name: str, parent: str, arguments: list[str]) -> str:
+    """The settings beside a misspelt one: the config without the dotted overrides."""
+    groups = [a for a in arguments if re.fullmatch(r"(policy|model|tasks|experiment)=[^,\[{]+", a)]
+    with composing():
+        cfg = compose(config_name, overrides=groups)
+    node = OmegaConf.select(cfg, parent) if parent else cfg
+    keys = [str(k) for k in node if not str(k).startswith("_")] if isinstance(node, DictConfig) else []
+    return ", ".join(sorted(keys)) or "none"
+
+
+class composing:
+    """Hydra's compose API over this project's `conf/`, whether or not a Hydra job is running."""
+
+    def __enter__(self) -> None:
+        self._before = GlobalHydra.instance().hydra
+        GlobalHydra.instance().clear()
+        self._context = initialize_config_dir(str(CONF), version_base="1.3")
+
+    def __exit__(self, *_: object) -> None:
+        GlobalHydra.instance().clear()
+        GlobalHydra.instance().hydra = self._before
+
+
+def policy_config(spec: str | Mapping[str, Any]) -> DictConfig:
+    """`snapkv` or `{name: snapkv, kernel: 1}` as the composed config of that policy.
+
+    Raises:
+        InputError: an unknown policy or option; the valid ones are named.
+    """
+    options = {"name": spec} if isinstance(spec, str) else dict(spec)
+    name = options.pop("name", None)
+    if name is None:
+        raise InputError(f"policies: {spec} has no name; valid: a policy's name or {{name: ..., option: value}}")
+    overrides = [f"policy={name}"]
+    if HydraConfig.initialized():  # a folder of the user's own policies
+        sources = HydraConfig.get().runtime.config_sources
+        extra = [s.path for s in sources if s.schema == "file" and Path(s.path) != CONF]
+        if extra:
+            overrides.append(f"hydra.searchpath=[{','.join('file://' + path for path in extra)}]")
+    try:
+        with composing():
+            node = compose("config", overrides=overrides).policy
+    except HydraException as error:
+        raise InputError(explain(error, "config", [])) from None
+    unknown = sorted(set(options) - set(node))
+    if unknown:
+        valid = ", ".join(sorted(str(k) for k in node if k not in ("name", "_target_")))
+        raise InputError(f"policies: {name} has no option {unknown[0]!r}; valid: {valid or 'none'}")
+    return OmegaConf.merge(node, options)  # type: ignore[return-value]
+
+
+def make_cell(policy: DictConfig, budget: int | float | None, shown: str = "") -> CellConfig:
+    """The policy object and its label; `policy` is a config with `name` and `_target_`.
+
+    Raises:
+        InputError: a value that the policy does not take.
+    """
+    settings: dict[str, Any] = OmegaConf.to_container(policy, resolve=True)  # type: ignore[assignment]
+    name = str(settings.pop("name", None) or settings["_target_"].rpartition(".")[2].lower())
+    try:
+        made = instantiate(settings)
+    except Exception as error:  # Hydra wraps whatever the constructor raised
+        cause = error.__cause__ or error
+        raise InputError(f"policy={name}: {str(cause).splitlines()[0]}") from None
+    if not isinstance(made, Policy):
+        raise InputError(f"policy={name}: {settings['_target_']} is not a policies.base.Policy")
+    return CellConfig(
+        name, {"name": name, **settings}, Variant(made, budget if made.uses_budget else None), shown or name
+    )
+
+
+def parse_budget(value: Any) -> int | float:
+    """A budget as given: a whole number of entries, or a share of the prompt.
+
+    Raises:
+        InputError: anything else.
+    """
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or value <= 0
+        or (value > 1 and value != int(value))
+    ):
+        raise InputError(
+            f"budget={value}: valid: entries per layer and KV head (1, 2, ...) or a share of the prompt in (0, 1]"
+        )
+    return value if isinstance(value, float) and value <= 1 else int(value)
