@@ -1,5 +1,6 @@
 """The engine: exactness against transformers, budgets, stops, bad input, and no state left behind."""
 
+import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from policies.full import Full
 from policies.h2o import H2O
 from policies.snapkv import SnapKV
 from policies.streaming_llm import StreamingLLM
+from src.cache import LayerCache
 from src.engine import Engine
 from src.errors import InputError
 from src.jobs import Generation, Job, Request, Variant
@@ -297,6 +299,21 @@ def test_out_of_memory_while_decoding_halves_the_wave_and_repeats_nothing_that_i
     for generation in results:
         (alone,) = run(model, generation.request, Variant(H2O(), 12))
         assert (generation.error, generation.tokens) == (None, alone.tokens)
+
+
+@pytest.mark.parametrize("policy", [Hungry(longest=30), HungryLater()], ids=["prefill", "decoding"])
+def test_nothing_of_the_failed_wave_is_alive_when_it_is_tried_again(
+    model: Any, policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def caches() -> int:
+        return sum(type(thing) is LayerCache for thing in gc.get_objects())
+
+    engine, alive = Engine(model, 100), []
+    before = caches()
+    monkeypatch.setattr(engine.memory, "release", lambda: alive.append(caches() - before))
+    jobs = [Job(ask(str(n), n, 6), [FULL, Variant(policy, 12), Variant(policy, 14)]) for n in (20, 40)]
+    list(engine.run(jobs))
+    assert alive and set(alive) == {0}
 
 
 def test_other_errors_are_not_taken_for_memory(model: Any) -> None:
