@@ -315,6 +315,14 @@ def test_nothing_of_the_failed_wave_is_alive_when_it_is_tried_again(
     list(engine.run(jobs))
     assert alive and set(alive) == {0}
 
+    def no_room(*args: Any) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr("src.lanes.Pool.__init__", no_room)  # the prompts fit, stacking their lanes does not
+    alive.clear()
+    assert all(g.error for g in engine.run([Job(ask("x", 20), [FULL, Variant(H2O(), 12)])]))
+    assert len(alive) == 3 and set(alive) == {0}
+
 
 def test_other_errors_are_not_taken_for_memory(model: Any) -> None:
     assert not is_out_of_memory(RuntimeError("shape mismatch"))
