@@ -1,0 +1,276 @@
+"""The figures of a report. Every line has its own marker and dash, so that they read without colour."""
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from numpy.typing import NDArray
+
+from src.report_analysis import Analysis, Row
+from src.report_runs import budget_order, show_budget
+from src.statistics import Interval
+
+INK = "#010203"  # text and lines; becomes the page's own text colour in inline SVG
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C6D31", "#7F7F7F")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h")
+DASHES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (3, 1)), (0, (8, 2)))
+RATIO_MAP = "cividis"  # its lightness rises evenly: the same order in print without colour
+Pick = Callable[[Row], Interval | None]
+
+
+def make_figures(
+    analysis: Analysis, retention: dict[int, NDArray[np.float64]] | None = None
+) -> dict[str, Figure]:
+    """Those that these runs can fill, by name. `retention`: column of a run -> (layers, bins) share kept."""
+    figures = {}
+    if analysis.budgeted:
+        figures["score_vs_budget"] = score_vs_budget(analysis)
+        if sum(row.memory("kv_bytes_mean") is not None for row in analysis.rows) > 1:
+            figures["score_vs_bytes"] = score_vs_bytes(analysis)
+        if analysis.has_fidelity:
+            figures["fidelity_vs_budget"] = fidelity_vs_budget(analysis)
+    if retention:
+        figures["retention"] = retention_maps(analysis, retention)
+    return figures
+
+
+def score_vs_budget(analysis: Analysis) -> Figure:
+    return _budget_curves(
+        analysis,
+        [("average score (0 to 100)", lambda row: row.average)],
+        f"Score versus budget: {_samples(analysis)}",
+    )
+
+
+def fidelity_vs_budget(analysis: Analysis) -> Figure:
+    """KL to the full cache and, where recorded, the likelihood of the reference answer."""
+    labels = {"kl": "KL(full || policy) (nats per token)", "nll": "NLL of the answer (nats per token)"}
+    picks: list[tuple[str, Pick]] = [
+        (label, lambda row, name=name: row.fidelity.get(name))  # type: ignore[misc]
+        for name, label in labels.items()
+        if any(name in row.fidelity for row in analysis.budgeted)
+    ]
+    n = max(i.n for row in analysis.rows for i in row.fidelity.values())
+    return _budget_curves(analysis, picks, f"Fidelity versus budget: n = {n} samples, lower is better")
+
+
+def _budget_curves(analysis: Analysis, picks: Sequence[tuple[str, Pick]], title: str) -> Figure:
+    """A panel per quantity and per unit of budget (entries, or fractions of the prompt)."""
+    kinds = sorted({budget_order(budget)[0] for budget in analysis.study.budgets})
+    panels = [(label, pick, kind) for label, pick in picks for kind in kinds]
+    figure = _figure(4.1 * len(panels) + 2.2, 4.0)
+    drawn: dict[str, Artist] = {}
+    for axes, (label, pick, entries) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+    ):
+        budgets = [b for b in analysis.study.budgets if budget_order(b)[0] == entries]
+        reference = pick(analysis.full) if analysis.full else None
+        if reference and not (label.startswith("KL") and reference.estimate == 0):
+            line = axes.axhline(reference.estimate, color=INK, linewidth=1.2)
+            axes.axhspan(reference.low, reference.high, color=INK, alpha=0.08, linewidth=0)
+            drawn.setdefault("full cache", line)
+        for i, name in enumerate(analysis.study.labels):
+            found = {r.run.budget: pick(r) for r in analysis.budgeted if r.run.label == name}
+            points = [(b, interval) for b in budgets if (interval := found.get(b)) is not None]
+            if points:
+                drawn.setdefault(name, _curve(axes, points, i))
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_locator(FixedLocator([float(b) for b in budgets]))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: show_budget(round(value, 6))))
+        axes.set_xlabel(
+            "budget (entries per layer and KV head)" if entries else "budget (share of the prompt)"
+        )
+        axes.set_ylabel(label)
+        _plain_axes(axes)
+    figure.suptitle(f"{title}; bands: 95 % intervals", fontsize=10, x=0.01, ha="left")
+    figure.legend(
+        list(drawn.values()),
+        [_text(name) for name in drawn],
+        loc="outside right center",
+        frameon=False,
+        handlelength=3.4,
+    )
+    return figure
+
+
+def _curve(axes: Axes, points: Sequence[tuple[float | int, Interval]], i: int) -> Artist:
+    x = [float(b) for b, _ in points]
+    color = COLOURS[i % len(COLOURS)]
+    (line,) = axes.plot(x, [p.estimate for _, p in points], color=color, **_style(i))
+    axes.fill_between(
+        x, [p.low for _, p in points], [p.high for _, p in points], color=color, alpha=0.1, linewidth=0
+    )
+    if len(points) == 1:
+        bar = [[points[0][1].estimate - points[0][1].low], [points[0][1].high - points[0][1].estimate]]
+        axes.errorbar(x, [points[0][1].estimate], yerr=bar, color=color, capsize=3, linewidth=1)
+    return line
+
+
+def score_vs_bytes(analysis: Analysis) -> Figure:
+    """Every cell by its cost and its score; the staircase joins those that nothing cheaper beats."""
+    figure = _figure(7.2, 4.2)
+    axes = figure.subplots()
+    points = [(row.memory("kv_bytes_mean"), row) for row in analysis.rows]
+    placed = [(x / 2**20, row) for x, row in points if x and not np.isnan(row.average.estimate)]
+    if analysis.full:
+        band = analysis.full.average
+        axes.axhspan(band.low, band.high, color=INK, alpha=0.08, linewidth=0)
+    names = [*analysis.study.labels]
+    for i, name in enumerate(names):
+        own = [(x, row.average) for x, row in placed if row.run.label == name and not row.run.full]
+        if own:
+            style = {**_style(i), "linestyle": "none"}
+            axes.plot(
+                [x for x, _ in own], [a.estimate for _, a in own], color=COLOURS[i % 8], label=name, **style
+            )
+    for x, row in placed:
+        if row.run.full:
+            axes.plot(x, row.average.estimate, "*", color=INK, markersize=13, label="full cache")
+    front = pareto_front([(x, row.average.estimate) for x, row in placed if not row.odd])
+    if len(front) > 1:
+        axes.step(
+            *zip(*front, strict=True),
+            where="post",
+            color=INK,
+            linewidth=0.9,
+            label="best for its bytes",
+            zorder=1,
+        )
+    for x, row in placed:
+        if (x, row.average.estimate) in front and not row.run.full:
+            spot = (x, row.average.estimate)
+            axes.annotate(
+                show_budget(row.run.budget), spot, (0, 7), textcoords="offset points", ha="center", fontsize=8
+            )
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_xlabel("KV cache after the prompt (MiB, mean over samples)")
+    axes.set_ylabel("average score (0 to 100)")
+    title = f"Score versus bytes: {_samples(analysis)}; grey: full cache's 95 % interval"
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    _plain_axes(axes)
+    figure.legend(loc="outside right center", frameon=False)
+    return figure
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points that no point with fewer or equal bytes reaches, by bytes."""
+    front: list[tuple[float, float]] = []
+    for x, y in sorted(points, key=lambda p: (p[0], -p[1])):
+        if not front or y > front[-1][1]:
+            front.append((x, y))
+    return front
+
+
+def retention_maps(analysis: Analysis, maps: dict[int, NDArray[np.float64]]) -> Figure:
+    """Policies beside each other, a row per budget; a panel is layers by relative position in the prompt."""
+    labels = [n for n in analysis.study.labels if any(analysis.rows[i].run.label == n for i in maps)]
+    budgets = [b for b in analysis.study.budgets if any(analysis.rows[i].run.budget == b for i in maps)]
+    figure = _figure(1.9 * len(labels) + 1.6, 1.55 * len(budgets) + 1.0)
+    grid = figure.subplots(len(budgets), len(labels), squeeze=False, sharex=True, sharey=True)
+    image = None
+    for line, budget in enumerate(budgets):
+        for place, label in enumerate(labels):
+            axes, column = grid[line][place], analysis.study.column(label, budget)
+            if line == 0:
+                axes.set_title(_text(label).replace(" ", "\n", 1), fontsize=9, color=INK)
+            if place == 0:
+                axes.set_ylabel(f"budget {show_budget(budget)}\nlayer", fontsize=9, color=INK)
+            axes.tick_params(labelsize=8, colors=INK)
+            if column is None or column not in maps:
+                axes.text(
+                    0.5, 0.5, "not recorded", ha="center", transform=axes.transAxes, color=INK, fontsize=8
+                )
+                continue
+            shown = 100 * maps[column]
+            image = axes.imshow(
+                shown,
+                aspect="auto",
+                origin="lower",
+                extent=(0, 1, -0.5, len(shown) - 0.5),
+                cmap=RATIO_MAP,
+                norm=PowerNorm(0.5, vmin=0, vmax=100),
+                interpolation="nearest",
+            )
+    figure.supxlabel("relative position in the prompt (0 = first token, 1 = last)", fontsize=9, color=INK)
+    if image is not None:
+        bar = figure.colorbar(
+            image, ax=grid.ravel().tolist(), label="positions kept (%)", ticks=[0, 5, 25, 50, 100]
+        )
+        bar.ax.tick_params(labelsize=8, colors=INK)
+    return figure
+
+
+# --- common parts ---
+
+
+def png(figure: Figure) -> bytes:
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=160, facecolor="white")
+    return out.getvalue()
+
+
+def pdf(figure: Figure) -> bytes:
+    out = io.BytesIO()
+    with matplotlib.rc_context({"pdf.fonttype": 42}):
+        figure.savefig(out, format="pdf", metadata={"CreationDate": None})
+    return out.getvalue()
+
+
+def inline_svg(figure: Figure, name: str) -> str:
+    """For a page: real text, the page's text colour, no background, ids that no other figure uses."""
+    out = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    text = out.getvalue()
+    text = text[text.index("<svg") :].replace(INK, "currentColor")
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'\bid="', f'id="{name}-', text)
+    text = re.sub(r"url\(#", f"url(#{name}-", text)
+    return re.sub(r'href="#', f'href="#{name}-', text)
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)  # no window system, none of pyplot's global state
+    return figure
+
+
+def _style(i: int) -> dict[str, Any]:
+    """Marker, dash and size of the i-th policy; hollow markers the second time round."""
+    return {
+        "marker": MARKERS[i % len(MARKERS)],
+        "linestyle": DASHES[i % len(DASHES)],
+        "markersize": 6,
+        "linewidth": 1.6,
+        "markerfacecolor": "none" if i >= len(COLOURS) else None,
+    }
+
+
+def _plain_axes(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(INK)
+    axes.tick_params(colors=INK, labelsize=9)
+    axes.xaxis.label.set_color(INK)
+    axes.yaxis.label.set_color(INK)
+    axes.grid(axis="y", color=INK, alpha=0.12, linewidth=0.7)
+
+
+def _samples(analysis: Analysis) -> str:
+    n, tasks = len(analysis.study.keys), len(analysis.study.tasks)
+    return f"n = {n} samples of {tasks} task{'s' if tasks > 1 else ''}"
+
+
+def _text(label: str) -> str:
+    """No formulas in names, and a leading underscore must not hide them from the legend."""
+    return label.replace("$", r"\$").lstrip("_")
