@@ -1,0 +1,261 @@
+"""A run's folder: what is written, when, and how a killed run goes on.
+
+`predictions.jsonl` gets one line per sample as soon as the sample is done, flushed to the disk; its retention
+is written just before, so that a line never lacks it. Among lines of the same task and id the last one
+counts. `finish` turns everything valid in the folder, not only the present call's samples, into metrics.json,
+retention.npz and retention.png.
+"""
+
+import fcntl
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from src import retention_store as store
+from src.errors import InputError
+from src.retention_plots import plot_retention
+from src.retention_store import Kept, Key
+from src.retention_summary import profile, summarise
+from src.run_files import (
+    PREDICTIONS,
+    Table,
+    canonical,
+    differences,
+    key_of,
+    load_records,
+    pretty,
+    repair,
+    run_path,
+    settings_hash,
+    write_whole,
+)
+from src.summary import compute_metrics, succeeded
+
+__all__ = ["Kept", "Key", "RunFolder", "compute_metrics", "load_records", "run_path", "settings_hash"]
+
+log = logging.getLogger(__name__)
+
+METRICS, SETTINGS, JOURNAL = "metrics.json", "settings.json", "retention.part"
+WRITTEN = (
+    *(PREDICTIONS, METRICS, SETTINGS, JOURNAL, "config.yaml", "environment.json"),
+    *("retention.npz", "retention.png"),
+)
+PEAKS = ("peak_bytes", "peak_prefill_bytes", "peak_decode_bytes")
+
+
+class RunFolder:
+    """One run's folder, held by one process at a time. Use as a context manager, or `close()` it."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        settings: Mapping[str, Any],
+        config_yaml: str = "",
+        environment: Mapping[str, Any] | None = None,
+        *,
+        retention: str = "positions",
+        overwrite: bool = False,
+    ) -> None:
+        if retention not in store.MODES:
+            raise InputError(f"retention={retention}: valid are {', '.join(store.MODES)}")
+        self.path = Path(path)
+        self.mode = retention
+        self._table = Table()
+        self._lock = self._take_lock()
+        try:
+            self._open(settings, config_yaml, environment, overwrite)
+        except BaseException:
+            self.close()
+            raise
+
+    def done(self, key: Key, fidelity: bool = False) -> bool:
+        """Is this sample finished, so that it need not run again? Not if it failed, nor without fidelity if
+        asked.
+
+        Where the data changed back to an earlier prompt, that prompt's record is made the current one again.
+        """
+        record = self._table.records.get(key)
+        if record is None or not succeeded(record) or (fidelity and not record.get("fidelity")):
+            return False
+        if self._table.last[key[:2]] != key:
+            self._write_line(record)
+        return True
+
+    def append(self, record: Mapping[str, Any], kept: Kept | None = None) -> None:
+        """Keep one finished (or failed) sample for good. Returns once it is on the disk."""
+        key = key_of(record)
+        if kept is not None and self.mode != "off":
+            self._journal.append(store.kept_sample(key, int(record["prompt_tokens"]), kept, self.mode))
+        self._write_line(dict(record))
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """The records that count (one per task and id), sorted."""
+        return self._table.current()
+
+    def finish(
+        self,
+        *,
+        policy: str,
+        model: str,
+        budget: float | int | None,
+        comparability: Mapping[str, Any] | None = None,
+        task_metrics: Mapping[str, str] | None = None,
+        peaks: Mapping[str, float | None] | None = None,
+        recent: int | None = None,
+        plot: bool = True,
+    ) -> dict[str, Any]:
+        """Write retention.npz, retention.png and (last) metrics.json over all current records; return the
+        metrics.
+        """
+        measured = self._finish_retention(recent, f"{policy}, {model}, budget {budget}", plot)
+        metrics = compute_metrics(
+            self.records,
+            policy=policy,
+            model=model,
+            budget=budget,
+            comparability=comparability,
+            task_metrics=task_metrics,
+            peaks=self._peaks_so_far(peaks or {}),
+            retention=measured,
+        )
+        write_whole(self.path / METRICS, pretty(metrics))
+        return metrics
+
+    def close(self) -> None:
+        """Let other processes have the folder."""
+        self._lock.close()
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- opening ---
+
+    def _take_lock(self) -> TextIO:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot write the results folder ({error.strerror})") from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it when the process dies
+        except BlockingIOError:
+            lock.close()
+            raise InputError(
+                f"{self.path}: another process is writing this results folder; wait for it or stop it"
+            ) from None
+        except OSError as error:
+            log.warning(
+                "%s: this file system cannot lock (%s); start no second run here", self.path, error.strerror
+            )
+        return lock
+
+    def _open(
+        self, settings: Mapping[str, Any], config: str, environment: Mapping[str, Any] | None, overwrite: bool
+    ) -> None:
+        if overwrite:
+            for name in WRITTEN:
+                (self.path / name).unlink(missing_ok=True)
+        self._check_settings(settings)
+        if config:
+            write_whole(self.path / "config.yaml", config)
+        if environment is not None:
+            self._write_environment(dict(environment))
+        for record in repair(self.path / PREDICTIONS):
+            self._table.add(record)
+        self._journal = store.Journal(self.path / JOURNAL)
+        finished = self.path / "retention.npz"
+        self._finished = store.load_retention(finished) if finished.exists() else None
+
+    def _check_settings(self, settings: Mapping[str, Any]) -> None:
+        path, ours = self.path / SETTINGS, canonical(settings)
+        if not path.exists():
+            if (self.path / PREDICTIONS).exists():
+                raise InputError(
+                    f"{self.path}: holds predictions but no {SETTINGS}, so whose they are is unknown"
+                )
+            write_whole(path, json.dumps(json.loads(ours), indent=2, ensure_ascii=False) + "\n")
+            return
+        try:
+            theirs = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise InputError(
+                f"{path}: broken JSON; run with overwrite=true to start this folder afresh"
+            ) from None
+        if canonical(theirs) != ours:
+            names = ", ".join(differences(theirs, json.loads(ours)))
+            raise InputError(
+                f"{self.path}: its results were made with other settings ({names}); move it away"
+            )
+
+    def _write_environment(self, now: dict[str, Any]) -> None:
+        """The present environment; different earlier ones of the same folder are kept below it."""
+        path = self.path / "environment.json"
+        earlier: list[Any] = []
+        if path.exists():
+            try:
+                before = json.loads(path.read_text(encoding="utf-8"))
+                earlier = before.pop("earlier", [])
+                if before != json.loads(json.dumps(now)):
+                    earlier.append(before)
+            except ValueError:
+                log.warning("%s: not readable, written anew", path)
+        write_whole(path, json.dumps({**now, **({"earlier": earlier} if earlier else {})}, indent=2) + "\n")
+
+    # --- writing ---
+
+    def _write_line(self, record: dict[str, Any]) -> None:
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+        try:
+            data = line.encode()
+        except UnicodeEncodeError:  # half of a surrogate pair in somebody's data
+            data = (json.dumps(record, allow_nan=False) + "\n").encode()
+        with (self.path / PREDICTIONS).open("ab") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        self._table.add(record)
+
+    def _finish_retention(self, recent: int | None, title: str, plot: bool) -> dict[str, Any]:
+        wanted = [key_of(r) for r in self.records if succeeded(r)]
+        keys = [k for k in wanted if k in self._journal.frames or (self._finished and k in self._finished)]
+        if not keys:
+            return {}
+        target, picture = self.path / "retention.npz", self.path / "retention.png"
+        if self._journal.frames or self._finished is None or self._finished.keys != keys:
+            store.write_retention(target, keys, self._read_kept)
+            (self.path / JOURNAL).unlink(missing_ok=True)
+            picture.unlink(missing_ok=True)
+            self._journal = store.Journal(self.path / JOURNAL)
+            self._finished = store.load_retention(target)
+        assert self._finished is not None
+        data = profile(self._finished, recent)
+        if plot and not picture.exists():
+            part = self.path / "retention.part.png"
+            plot_retention(data, part, title)
+            part.replace(picture)
+        return summarise(data)
+
+    def _read_kept(self, key: Key) -> store.KeptSample:
+        if key in self._journal.frames:
+            return self._journal.read(key)
+        assert self._finished is not None
+        return self._finished.sample(key)
+
+    def _peaks_so_far(self, peaks: Mapping[str, float | None]) -> dict[str, float | None]:
+        """Peaks are per process; a resumed run's count is the largest of its parts."""
+        try:
+            before = json.loads((self.path / METRICS).read_text(encoding="utf-8"))["memory"]
+        except (OSError, ValueError, KeyError):
+            before = {}
+        both = {name: [v for v in (peaks.get(name), before.get(name)) if v is not None] for name in PEAKS}
+        return {name: max(values) if values else None for name, values in both.items()}

@@ -1,0 +1,156 @@
+"""metrics.json: what a run's records add up to. Pure functions; the order of the records never matters.
+
+Every task's score is the mean over its samples that have one; a failed sample counts in `failed` and in no
+mean. `average` is the plain mean over tasks (macro), as in the papers. Standard errors are sd / sqrt(n), sd
+with n - 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+DIGITS = 4  # of scores (0 to 100) and of fidelity
+
+Record = Mapping[str, Any]
+
+
+def compute_metrics(
+    records: Iterable[Record],
+    *,
+    policy: str,
+    model: str,
+    budget: float | int | None,
+    comparability: Mapping[str, Any] | None = None,
+    task_metrics: Mapping[str, str] | None = None,
+    peaks: Mapping[str, float | None] | None = None,
+    retention: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The content of metrics.json.
+
+    `task_metrics` names each task's metric where the records do not (`metric`). `peaks` holds peak_bytes,
+    peak_prefill_bytes and peak_decode_bytes as measured by the caller; where records carry fields of these
+    names, the larger counts.
+    """
+    ordered = sorted(records, key=lambda r: (r["task"], r["id"], r["prompt_hash"]))
+    good = [r for r in ordered if succeeded(r)]
+    by_task: dict[str, list[Record]] = defaultdict(list)
+    for record in ordered:
+        by_task[record["task"]].append(record)
+    tasks = {task: _task(task, rows, task_metrics or {}) for task, rows in sorted(by_task.items())}
+    scores = [t["score"] for t in tasks.values() if t["score"] is not None]
+    return {
+        "policy": policy,
+        "model": model,
+        "budget": budget,
+        "average": _rounded(mean(scores)),
+        "samples": len(good),
+        "failed": len(ordered) - len(good),
+        "tasks": tasks,
+        "fidelity": _fidelity_over_tasks(tasks),
+        "memory": _memory(good, peaks or {}),
+        "speed": _speed(good),
+        "truncated_prompts": sum(bool(r.get("truncated")) for r in good),
+        "stopped_by_length": sum(r.get("finish") == "length" for r in good),
+        "retention": dict(retention or {}),
+        "comparability": dict(comparability or {}),
+    }
+
+
+def succeeded(record: Record) -> bool:
+    """A sample that ran to its end. A failed one keeps its reason in `error` and is tried again by the next
+    run.
+    """
+    return not record.get("error") and record.get("score") is not None
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Mean of the values that are there (exactly rounded, so independent of their order); None of none."""
+    present = [v for v in values if v is not None]
+    return math.fsum(present) / len(present) if present else None
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """sd / sqrt(n) with n - 1 in the variance; None below two values."""
+    n = len(values)
+    if n < 2:
+        return None
+    centre = math.fsum(values) / n
+    return math.sqrt(math.fsum((v - centre) ** 2 for v in values) / (n - 1) / n)
+
+
+def _task(task: str, rows: Sequence[Record], task_metrics: Mapping[str, str]) -> dict[str, Any]:
+    good = [r for r in rows if succeeded(r)]
+    scores = [float(r["score"]) for r in good]
+    named = next((r["metric"] for r in rows if r.get("metric")), task_metrics.get(task))
+    result: dict[str, Any] = {
+        "score": _rounded(mean(scores)),
+        "n": len(good),
+        "stderr": _rounded(standard_error(scores)),
+        "metric": named,
+        "failed": len(rows) - len(good),
+    }
+    extra = _means([r["extra_scores"] for r in good if r.get("extra_scores")])
+    if extra:
+        result["extra_scores"] = extra
+    measured = [r["fidelity"] for r in good if r.get("fidelity")]
+    if measured:
+        result["fidelity"] = {**_means(measured), "n": len(measured)}
+    return result
+
+
+def _fidelity_over_tasks(tasks: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Mean over tasks of the tasks' means, like `average`; n counts samples."""
+    measured = [t["fidelity"] for t in tasks.values() if "fidelity" in t]
+    if not measured:
+        return None
+    means = _means([{k: v for k, v in m.items() if k != "n"} for m in measured])
+    return {**means, "n": sum(m["n"] for m in measured)}
+
+
+def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Mean of every numeric field; lists (such as errors per layer) are left to the records."""
+    names = sorted({k for row in rows for k, v in row.items() if isinstance(v, int | float)})
+    return {name: _rounded(mean(row.get(name) for row in rows), 6) for name in names}
+
+
+def _memory(rows: Sequence[Record], peaks: Mapping[str, float | None]) -> dict[str, Any]:
+    def peak(name: str) -> int | None:
+        values = [v for v in (peaks.get(name), *(r.get(name) for r in rows)) if v is not None]
+        return int(max(values)) if values else None
+
+    kept, full = (mean(r.get(name) for r in rows) for name in ("kv_bytes", "kv_bytes_full"))
+    return {
+        "kv_bytes_mean": _rounded(kept, 1),
+        "kv_bytes_full_mean": _rounded(full, 1),
+        "ratio": round(kept / full, 6) if kept is not None and full else None,
+        "kv_bytes_peak_mean": _rounded(mean(r.get("kv_bytes_peak") for r in rows), 1),
+        "kv_bytes_peak_max": peak("kv_bytes_peak"),
+        "bookkeeping_bytes_mean": _rounded(mean(r.get("bookkeeping_bytes") for r in rows), 1),
+        "peak_bytes": peak("peak_bytes"),
+        "peak_prefill_bytes": peak("peak_prefill_bytes"),
+        "peak_decode_bytes": peak("peak_decode_bytes"),
+    }
+
+
+def _speed(rows: Sequence[Record]) -> dict[str, Any]:
+    """Prefill: mean seconds per sample. Decode: steps / seconds (the first new token belongs to the prefill).
+
+    A decode second shared by many lanes is no single policy's speed, hence `lanes`: how many a sample shared
+    its steps with, on average.
+    """
+    timed = [r for r in rows if r.get("decode_seconds")]
+    seconds = math.fsum(r["decode_seconds"] for r in timed)
+    steps = sum(max(r["new_tokens"] - 1, 0) for r in timed)
+    lanes = mean(r.get("lanes") for r in rows)
+    return {
+        "prefill_seconds": _rounded(mean(r.get("prefill_seconds") for r in rows), 6),
+        "decode_tokens_per_second": round(steps / seconds, 3) if seconds else None,
+        "lanes": int(lanes) if lanes is not None and lanes == int(lanes) else _rounded(lanes, 2),
+    }
+
+
+def _rounded(value: float | None, digits: int = DIGITS) -> float | None:
+    return None if value is None else round(value, digits)
