@@ -35,6 +35,7 @@ class Column:
     note: str = ""  # small print under the name: metric, n
     number: bool = True
     detail: bool = False  # not in the terminal, where room is short
+    key: str = ""  # name in the CSV, where it differs
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def comma_separated(table: Table) -> str:
     writer = csv.writer(out, lineterminator="\n")
     header: list[str] = []
     for column, bounds in zip(table.columns, wide, strict=True):
-        name = column.name.replace("Δ", "difference to")
+        name = column.key or column.name
         header += [name, *([f"{name} low", f"{name} high"] if bounds else [])]
     writer.writerow(header)
     for row in table.rows:

@@ -1,28 +1,21 @@
 """The figures of a report. Every line has its own marker and dash, so that they read without colour."""
 
-import io
-import re
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from numpy.typing import NDArray
 
 from src.report_analysis import Analysis, Row
+from src.report_figures import COLOURS, INK, LOOK, new_figure, plain_axes, plain_text, series_style
 from src.report_runs import budget_order, show_budget
 from src.statistics import Interval
 
-INK = "#010203"  # text and lines; becomes the page's own text colour in inline SVG
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C6D31", "#7F7F7F")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h")
-DASHES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (3, 1)), (0, (8, 2)))
 RATIO_MAP = "cividis"  # its lightness rises evenly: the same order in print without colour
 Pick = Callable[[Row], Interval | None]
 
@@ -31,11 +24,18 @@ def make_figures(
     analysis: Analysis, retention: dict[int, NDArray[np.float64]] | None = None
 ) -> dict[str, Figure]:
     """Those that these runs can fill, by name. `retention`: column of a run -> (layers, bins) share kept."""
+    with matplotlib.rc_context(LOOK):
+        return _figures(analysis, retention or {})
+
+
+def _figures(analysis: Analysis, retention: dict[int, NDArray[np.float64]]) -> dict[str, Figure]:
     figures = {}
     if analysis.budgeted:
         figures["score_vs_budget"] = score_vs_budget(analysis)
         if sum(row.memory("kv_bytes_mean") is not None for row in analysis.rows) > 1:
             figures["score_vs_bytes"] = score_vs_bytes(analysis)
+        if any(row.full or row.baseline for row in analysis.rows):
+            figures["differences"] = differences(analysis)
         if analysis.has_fidelity:
             figures["fidelity_vs_budget"] = fidelity_vs_budget(analysis)
     if retention:
@@ -67,7 +67,7 @@ def _budget_curves(analysis: Analysis, picks: Sequence[tuple[str, Pick]], title:
     """A panel per quantity and per unit of budget (entries, or fractions of the prompt)."""
     kinds = sorted({budget_order(budget)[0] for budget in analysis.study.budgets})
     panels = [(label, pick, kind) for label, pick in picks for kind in kinds]
-    figure = _figure(4.1 * len(panels) + 2.2, 4.0)
+    figure = new_figure((6.8 if len(panels) == 1 else 4.4 * len(panels)) + 2.2, 4.2)
     drawn: dict[str, Artist] = {}
     for axes, (label, pick, entries) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
@@ -91,11 +91,11 @@ def _budget_curves(analysis: Analysis, picks: Sequence[tuple[str, Pick]], title:
             "budget (entries per layer and KV head)" if entries else "budget (share of the prompt)"
         )
         axes.set_ylabel(label)
-        _plain_axes(axes)
+        plain_axes(axes)
     figure.suptitle(f"{title}; bands: 95 % intervals", fontsize=10, x=0.01, ha="left")
     figure.legend(
         list(drawn.values()),
-        [_text(name) for name in drawn],
+        [plain_text(name) for name in drawn],
         loc="outside right center",
         frameon=False,
         handlelength=3.4,
@@ -106,7 +106,7 @@ def _budget_curves(analysis: Analysis, picks: Sequence[tuple[str, Pick]], title:
 def _curve(axes: Axes, points: Sequence[tuple[float | int, Interval]], i: int) -> Artist:
     x = [float(b) for b, _ in points]
     color = COLOURS[i % len(COLOURS)]
-    (line,) = axes.plot(x, [p.estimate for _, p in points], color=color, **_style(i))
+    (line,) = axes.plot(x, [p.estimate for _, p in points], color=color, **series_style(i))
     axes.fill_between(
         x, [p.low for _, p in points], [p.high for _, p in points], color=color, alpha=0.1, linewidth=0
     )
@@ -118,7 +118,7 @@ def _curve(axes: Axes, points: Sequence[tuple[float | int, Interval]], i: int) -
 
 def score_vs_bytes(analysis: Analysis) -> Figure:
     """Every cell by its cost and its score; the staircase joins those that nothing cheaper beats."""
-    figure = _figure(7.2, 4.2)
+    figure = new_figure(9.0, 4.2)
     axes = figure.subplots()
     points = [(row.memory("kv_bytes_mean"), row) for row in analysis.rows]
     placed = [(x / 2**20, row) for x, row in points if x and not np.isnan(row.average.estimate)]
@@ -129,7 +129,7 @@ def score_vs_bytes(analysis: Analysis) -> Figure:
     for i, name in enumerate(names):
         own = [(x, row.average) for x, row in placed if row.run.label == name and not row.run.full]
         if own:
-            style = {**_style(i), "linestyle": "none"}
+            style = {**series_style(i), "linestyle": "none"}
             axes.plot(
                 [x for x, _ in own], [a.estimate for _, a in own], color=COLOURS[i % 8], label=name, **style
             )
@@ -158,8 +158,43 @@ def score_vs_bytes(analysis: Analysis) -> Figure:
     axes.set_ylabel("average score (0 to 100)")
     title = f"Score versus bytes: {_samples(analysis)}; grey: full cache's 95 % interval"
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
-    _plain_axes(axes)
+    plain_axes(axes)
     figure.legend(loc="outside right center", frameon=False)
+    return figure
+
+
+def differences(analysis: Analysis) -> Figure:
+    """Every paired difference with its interval, budgets as groups; filled where it is clear."""
+    study, rows = analysis.study, analysis.budgeted
+    picks = [("full cache", [row.full for row in rows]), (study.baseline, [row.baseline for row in rows])]
+    panels = [(name, found) for name, found in picks if any(found)]
+    places, labels, place = [], [], 0.0
+    for i, row in enumerate(rows):
+        place += 1.0 if i and rows[i - 1].run.budget == row.run.budget else 1.8
+        places.append(-place)
+        labels.append(f"{plain_text(row.run.label)}  {show_budget(row.run.budget):>5}")
+    figure = new_figure(3.4 * len(panels) + 2.2, 0.21 * place + 1.1)
+    for axes, (name, found) in zip(
+        figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels, strict=True
+    ):
+        axes.axvline(0, color=INK, linewidth=1)
+        for i, (row, difference) in enumerate(zip(rows, found, strict=True)):
+            if difference is None:
+                continue
+            interval, series = difference.interval, study.labels.index(row.run.label)
+            color = COLOURS[series % len(COLOURS)]
+            axes.hlines(places[i], interval.low, interval.high, color=color, linewidth=1.8)
+            style = {
+                **series_style(series),
+                "linestyle": "none",
+                "markerfacecolor": color if difference.clear else "none",
+            }
+            axes.plot(interval.estimate, places[i], color=color, **style)
+        axes.set_yticks(places, labels)
+        axes.set_xlabel(f"difference to {plain_text(str(name))} (points of the average score)")
+        plain_axes(axes, grid="x")
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
     return figure
 
 
@@ -176,17 +211,19 @@ def retention_maps(analysis: Analysis, maps: dict[int, NDArray[np.float64]]) -> 
     """Policies beside each other, a row per budget; a panel is layers by relative position in the prompt."""
     labels = [n for n in analysis.study.labels if any(analysis.rows[i].run.label == n for i in maps)]
     budgets = [b for b in analysis.study.budgets if any(analysis.rows[i].run.budget == b for i in maps)]
-    figure = _figure(1.9 * len(labels) + 1.6, 1.55 * len(budgets) + 1.0)
+    figure = new_figure(2.1 * len(labels) + 1.6, 1.45 * len(budgets) + 1.0)
     grid = figure.subplots(len(budgets), len(labels), squeeze=False, sharex=True, sharey=True)
     image = None
     for line, budget in enumerate(budgets):
         for place, label in enumerate(labels):
             axes, column = grid[line][place], analysis.study.column(label, budget)
             if line == 0:
-                axes.set_title(_text(label).replace(" ", "\n", 1), fontsize=9, color=INK)
+                axes.set_title(plain_text(label).replace(" ", "\n", 1), fontsize=9)
             if place == 0:
-                axes.set_ylabel(f"budget {show_budget(budget)}\nlayer", fontsize=9, color=INK)
-            axes.tick_params(labelsize=8, colors=INK)
+                axes.set_ylabel(f"budget {show_budget(budget)}\nlayer", fontsize=9)
+            axes.tick_params(labelsize=8)
+            axes.xaxis.set_major_locator(FixedLocator([0, 0.5, 1]))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             if column is None or column not in maps:
                 axes.text(
                     0.5, 0.5, "not recorded", ha="center", transform=axes.transAxes, color=INK, fontsize=8
@@ -202,75 +239,15 @@ def retention_maps(analysis: Analysis, maps: dict[int, NDArray[np.float64]]) -> 
                 norm=PowerNorm(0.5, vmin=0, vmax=100),
                 interpolation="nearest",
             )
-    figure.supxlabel("relative position in the prompt (0 = first token, 1 = last)", fontsize=9, color=INK)
+    figure.supxlabel("relative position in the prompt (0 = first token, 1 = last)", fontsize=9)
     if image is not None:
         bar = figure.colorbar(
             image, ax=grid.ravel().tolist(), label="positions kept (%)", ticks=[0, 5, 25, 50, 100]
         )
-        bar.ax.tick_params(labelsize=8, colors=INK)
+        bar.ax.tick_params(labelsize=8)
     return figure
-
-
-# --- common parts ---
-
-
-def png(figure: Figure) -> bytes:
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=160, facecolor="white")
-    return out.getvalue()
-
-
-def pdf(figure: Figure) -> bytes:
-    out = io.BytesIO()
-    with matplotlib.rc_context({"pdf.fonttype": 42}):
-        figure.savefig(out, format="pdf", metadata={"CreationDate": None})
-    return out.getvalue()
-
-
-def inline_svg(figure: Figure, name: str) -> str:
-    """For a page: real text, the page's text colour, no background, ids that no other figure uses."""
-    out = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
-    text = out.getvalue()
-    text = text[text.index("<svg") :].replace(INK, "currentColor")
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'\bid="', f'id="{name}-', text)
-    text = re.sub(r"url\(#", f"url(#{name}-", text)
-    return re.sub(r'href="#', f'href="#{name}-', text)
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)  # no window system, none of pyplot's global state
-    return figure
-
-
-def _style(i: int) -> dict[str, Any]:
-    """Marker, dash and size of the i-th policy; hollow markers the second time round."""
-    return {
-        "marker": MARKERS[i % len(MARKERS)],
-        "linestyle": DASHES[i % len(DASHES)],
-        "markersize": 6,
-        "linewidth": 1.6,
-        "markerfacecolor": "none" if i >= len(COLOURS) else None,
-    }
-
-
-def _plain_axes(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(INK)
-    axes.tick_params(colors=INK, labelsize=9)
-    axes.xaxis.label.set_color(INK)
-    axes.yaxis.label.set_color(INK)
-    axes.grid(axis="y", color=INK, alpha=0.12, linewidth=0.7)
 
 
 def _samples(analysis: Analysis) -> str:
     n, tasks = len(analysis.study.keys), len(analysis.study.tasks)
     return f"n = {n} samples of {tasks} task{'s' if tasks > 1 else ''}"
-
-
-def _text(label: str) -> str:
-    """No formulas in names, and a leading underscore must not hide them from the legend."""
-    return label.replace("$", r"\$").lstrip("_")

@@ -33,8 +33,8 @@ def summary(analysis: Analysis) -> list[str]:
     study, full = analysis.study, analysis.full
     named = study.labels
     lines = [
-        f"{_count(len(named), 'policy', 'policies')} at {_count(len(study.budgets), 'budget')} on {study.model}: "
-        f"{_count(len(study.tasks), 'task')}, {_count(len(study.keys), 'sample')}."
+        f"{_count(len(named), 'policy', 'policies')} at {_count(len(study.budgets), 'budget')} "
+        f"on {study.model}: {_count(len(study.tasks), 'task')}, {_count(len(study.keys), 'sample')}."
     ]
     if full:
         lines.append(
@@ -135,8 +135,8 @@ def _largest_loss(analysis: Analysis) -> list[str]:
     if drop <= 0:
         return ["No task loses against the full cache under any policy."]
     return [
-        f"The largest loss on one task: {task} falls from {number(full.tasks[task][0])} to {number(mean)} under "
-        f"{row.run.cell}."
+        f"The largest loss on one task: {task} falls from {number(full.tasks[task][0])} to {number(mean)} "
+        f"under {row.run.cell}."
     ]
 
 
@@ -147,15 +147,13 @@ def _noise(analysis: Analysis) -> list[str]:
     ]
     if differences:
         half = float(np.median([(d.interval.high - d.interval.low) / 2 for d in differences]))
-        lines.append(
-            f"Differences of averages smaller than about {number(half)} points are within chance here."
-        )
+        lines.append(f"A paired difference of averages is known to about ± {number(half)} points (median).")
     counts = Counter(int(task) for task in analysis.study.task_of)
     if counts and min(counts.values()) < FEW:
         fewest = min(counts.values())
         lines.append(
-            f"Some tasks have only {_count(fewest, 'sample')}: take their single scores as anecdotes, and intervals "
-            "as rough."
+            f"Some tasks have only {_count(fewest, 'sample')}: take their single scores as anecdotes, "
+            "and intervals as rough."
         )
     if analysis.failed:
         cells = [f"{row.run.cell} ({row.failed})" for row in analysis.rows if row.failed]
@@ -163,38 +161,53 @@ def _noise(analysis: Analysis) -> list[str]:
     return lines
 
 
-def notes(row: Row) -> list[str]:
-    """What a reader must know before reading much into a run's score."""
+def notes(rows: list[Row]) -> list[str]:
+    """What to know before reading much into a policy's scores; a figure per budget where it matters."""
+    found: dict[str, dict[str, list[str]]] = {}  # sentence -> figure -> budgets
+    for row in rows:
+        for sentence, figure in _notes(row):
+            found.setdefault(sentence, {}).setdefault(figure, []).append(show_budget(row.run.budget))
+    lines = []
+    for sentence, figures in found.items():
+        everywhere = len(figures) == 1 and len(next(iter(figures.values()))) == len(rows)
+        parts = [
+            figure if everywhere else f"{figure} at {_and(at)}".strip() for figure, at in figures.items()
+        ]
+        told = ", ".join(part for part in parts if part)
+        lines.append(f"{sentence}: {told}." if told else f"{sentence}.")
+    return lines
+
+
+def _notes(row: Row) -> list[tuple[str, str]]:
     run, found = row.run, []
     records = [r for r in run.records.values() if not r.get("error")]
+    of = f"of {len(records)}"
     peak, after = row.memory("kv_bytes_peak_mean"), row.memory("kv_bytes_mean")
-    if peak and after and peak > 1.01 * after and not run.full:
-        grown = [r for r in records if (r.get("kv_bytes_peak") or 0) > (r.get("kv_bytes") or 0)]
+    if peak and after and not run.full:
+        if peak > 1.001 * after:
+            grows = "The budget holds for the prompt only; while decoding the cache grows, in the mean to"
+            found.append((grows, f"{100 * peak / after:.0f} %"))
+        else:
+            found.append(("The cache stays within its budget while decoding", ""))
+    whole = sum((r.get("kv_bytes") or 0) >= (r.get("kv_bytes_full") or np.inf) for r in records)
+    if whole and not run.full:
         found.append(
-            f"The cache grows while decoding, to {100 * peak / after:.0f} % of its size after the prompt on average "
-            f"({len(grown)} of {_count(len(records), 'sample')}): new tokens are added to the budget."
+            ("The prompt fitted the budget, so that nothing was evicted, in", f"{whole} {of} samples")
         )
-    elif peak and after and not run.full:
-        found.append("The cache stays at its budget while decoding.")
-    if not run.full and records:
-        whole = sum((r.get("kv_bytes") or 0) >= (r.get("kv_bytes_full") or np.inf) for r in records)
-        if whole:
-            found.append(
-                f"Nothing was evicted in {whole} of {len(records)} samples: their prompts fit the budget."
-            )
     extra = row.memory("bookkeeping_bytes_mean")
     if extra and after:
-        found.append(f"It keeps {100 * extra / after:.1f} % of its cache's bytes as bookkeeping besides.")
-    if run.options:
-        found.append("Options: " + ", ".join(f"{k}={v}" for k, v in sorted(run.options.items())) + ".")
-    cut = sum(r.get("finish") == "length" for r in records)
-    if cut:
-        found.append(f"{cut} of {len(records)} answers ended at the token limit.")
-    truncated = sum(bool(r.get("truncated")) for r in records)
-    if truncated:
-        found.append(f"{truncated} of {len(records)} prompts were cut in the middle to fit.")
-    reasons = Counter(str(r["error"]).splitlines()[0] for r in run.records.values() if r.get("error"))
-    found += [f"{_count(count, 'sample')} failed: {reason}" for reason, count in reasons.most_common(3)]
+        found.append(("Bookkeeping besides, in % of the cache's bytes", f"{100 * extra / after:.1f} %"))
+    if run.options and not run.full:
+        options = ", ".join(f"{k}={v}" for k, v in sorted(run.options.items()))
+        found.append(("Options", options))
+    for sentence, number_of in (
+        ("Answers that ended at the token limit", sum(r.get("finish") == "length" for r in records)),
+        ("Prompts cut in the middle to fit", sum(bool(r.get("truncated")) for r in records)),
+    ):
+        if number_of:
+            found.append((sentence, f"{number_of} {of}"))
+    reasons = Counter(str(r["error"]).strip().split("\n")[0] for r in run.records.values() if r.get("error"))
+    found += [(f"Failed samples ({reason})", str(count)) for reason, count in reasons.most_common(3)]
     return found
 
 

@@ -99,10 +99,10 @@ def comparison_table(analysis: Analysis) -> Table:
     columns = [POLICY, BUDGET, Column("n", "samples"), Column("average", "95 % interval")]
     for name, _ in against:
         columns += [
-            Column(f"Δ {name}", "paired, 95 % interval"),
-            Column(f"SE Δ {name}", "standard error", detail=True),
-            Column(f"n Δ {name}", "pairs", detail=True),
-            Column(f"p Δ {name}", "Holm"),
+            Column(f"Δ {name}", "paired, 95 % interval", key=f"difference to {name}"),
+            Column("SE", "of the Δ", detail=True, key=f"SE of difference to {name}"),
+            Column("n", "pairs", detail=True, key=f"pairs with {name}"),
+            Column("p", "Holm", key=f"p (Holm) of difference to {name}"),
         ]
     rows = []
     for row in analysis.rows:
@@ -157,7 +157,7 @@ def fidelity_table(analysis: Analysis) -> Table:
     note = (
         "Teacher-forced on the reference answer, mean over tasks, 95 % intervals. Lower KL, NLL are better."
     )
-    title = "Fidelity to the full cache"
+    title = "Distance from the full cache"
     return Table("fidelity", title, columns, tuple(rows), _breaks(analysis), note)
 
 
@@ -171,9 +171,9 @@ def retention_table(analysis: Analysis) -> Table:
         Column("mean position", "0 start, 1 end"),
         Column("KL to uniform", "nats"),
         Column("Gini", "0 even"),
-        Column("first tenth, heavy", "% of kept"),
-        Column("last tenth, heavy", "% of kept"),
-        Column("drift", "% lost decoding"),
+        Column("first tenth", "% of heavy", key="first tenth of heavy"),
+        Column("last tenth", "% of heavy", key="last tenth of heavy"),
+        Column("drift", "% lost later"),
     )
     rows = []
     for row in analysis.rows:
@@ -190,9 +190,10 @@ def retention_table(analysis: Analysis) -> Table:
             )
         )
     note = (
-        "After the prompt, mean over heads, layers, samples. Heavy: without the recent window all heads keep."
+        "After the prompt, mean over heads, layers, samples. Heavy: without the recent window that all "
+        "heads keep. Drift: share of those positions no longer held when decoding ended."
     )
-    return Table("retention", "Which positions survive", columns, tuple(rows), _breaks(analysis), note)
+    return Table("retention", "Where the kept entries lie", columns, tuple(rows), _breaks(analysis), note)
 
 
 # --- cells ---
