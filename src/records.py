@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 METRICS, SETTINGS, JOURNAL = "metrics.json", "settings.json", "retention.part"
 WRITTEN = (
     *(PREDICTIONS, METRICS, SETTINGS, JOURNAL, "config.yaml", "environment.json"),
-    *("retention.npz", "retention.png"),
+    *("retention.npz", "retention.png", "wandb_id"),
 )
 PEAKS = ("peak_bytes", "peak_prefill_bytes", "peak_decode_bytes")
 
