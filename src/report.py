@@ -27,6 +27,7 @@ from src.report_plots import make_figures
 from src.report_samples import contrasts, retention_maps
 from src.report_summary import summary
 from src.report_tables import make_tables, tasks_table
+from src.report_tracking import track_report
 from src.statistics import RESAMPLES
 
 WIDE = 150  # columns where the output is no terminal
@@ -145,9 +146,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="where to write (default: `report` beside the runs)"
     )
-    parser.add_argument(
-        "--wandb", default="disabled", choices=("disabled", "offline", "online"), metavar="MODE"
-    )
+    parser.add_argument("--wandb", default="disabled", choices=MODES, metavar="MODE", help=" | ".join(MODES))
+    parser.add_argument("--wandb-project", default="kv-eviction", metavar="NAME", help="(kv-eviction)")
     parser.add_argument("--resamples", type=int, default=RESAMPLES, help=f"bootstrap resamples ({RESAMPLES})")
     parser.add_argument("--seed", type=int, default=0, help="of the resampling (0)")
     parser.add_argument(
@@ -172,6 +172,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             given.folders, given.out, given.baseline, given.resamples, given.seed, given.samples
         )
         show(analysis, tables, Console() if sys.stdout.isatty() else Console(width=WIDE))
+        if given.wandb != "disabled":
+            track_report(given.wandb, given.wandb_project, path.parent, analysis, tables)
         print(f"report: {path}")
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -139,10 +139,10 @@ def _samples(analysis: Analysis, samples: Sequence[Contrast]) -> str:
         '<p class="controls"><label>Task <select id="task-choice"><option value="">all</option>'
         f"{options}</select></label></p>"
     )
-    return intro + "".join(_sample(analysis, sample) for sample in samples)
+    return intro + "".join(_sample(analysis, sample, opened=not i) for i, sample in enumerate(samples))
 
 
-def _sample(analysis: Analysis, sample: Contrast) -> str:
+def _sample(analysis: Analysis, sample: Contrast, opened: bool) -> str:
     scores = {run.folder: answer.score for answer in sample.answers for run in answer.runs}
     bars: list[str] = []
     before: int | float | None = None
@@ -160,7 +160,7 @@ def _sample(analysis: Analysis, sample: Contrast) -> str:
     expected = " · ".join(_cut(text) for text in sample.expected) or "–"
     rows = "".join(_answer(answer) for answer in sample.answers)
     return (
-        f'<details class="sample" data-task="{escape(sample.key[0])}">'
+        f'<details class="sample" data-task="{escape(sample.key[0])}"{" open" if opened else ""}>'
         f"<summary><b>{escape(sample.key[0])}</b>"
         f'<span><code>{escape(sample.key[1])}</code> <span class="soft">{size}</span></span>'
         f'<span class="meter">{"".join(bars)}</span>'
@@ -235,7 +235,7 @@ def _method(analysis: Analysis) -> str:
     return (
         "Intervals: bootstrap of samples within tasks (n - 1 of n drawn, percentiles widened to "
         f"Student's t), {analysis.resamples:,} resamples, seed {analysis.seed}. Tests: paired sign flips, "
-        "two-sided, corrected after Holm over all policies and budgets that share a reference. Tasks weigh the same. Samples are "
-        "paired by task, id and a hash of the prompt. An interval of no width means that all samples scored "
-        "alike, not certainty."
+        "two-sided, corrected after Holm over all policies and budgets that share a reference. Tasks "
+        "weigh the same. Samples are paired by task, id and a hash of the prompt. An interval of no width "
+        "means that all samples scored alike, not certainty."
     )

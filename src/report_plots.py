@@ -93,13 +93,9 @@ def _budget_curves(analysis: Analysis, picks: Sequence[tuple[str, Pick]], title:
         axes.set_ylabel(label)
         plain_axes(axes)
     figure.suptitle(f"{title}; bands: 95 % intervals", fontsize=10, x=0.01, ha="left")
-    figure.legend(
-        list(drawn.values()),
-        [plain_text(name) for name in drawn],
-        loc="outside right center",
-        frameon=False,
-        handlelength=3.4,
-    )
+    names = sorted(drawn, key=lambda name: name != "full cache")
+    handles, texts = [drawn[name] for name in names], [plain_text(name) for name in names]
+    figure.legend(handles, texts, loc="outside right center", frameon=False, handlelength=3.4)
     return figure
 
 
@@ -108,7 +104,7 @@ def _curve(axes: Axes, points: Sequence[tuple[float | int, Interval]], i: int) -
     color = COLOURS[i % len(COLOURS)]
     (line,) = axes.plot(x, [p.estimate for _, p in points], color=color, **series_style(i))
     axes.fill_between(
-        x, [p.low for _, p in points], [p.high for _, p in points], color=color, alpha=0.1, linewidth=0
+        x, [p.low for _, p in points], [p.high for _, p in points], color=color, alpha=0.15, linewidth=0
     )
     if len(points) == 1:
         bar = [[points[0][1].estimate - points[0][1].low], [points[0][1].high - points[0][1].estimate]]

@@ -81,7 +81,7 @@ def load_run(folder: Path) -> Run:
         raise InputError(
             f"{folder / 'metrics.json'}: lacks {', '.join(missing)}; not a finished run's metrics"
         )
-    settings = _yaml(folder / "config.yaml") or _json(folder / "settings.json", optional=True)
+    settings = _json(folder / "settings.json", optional=True) or _yaml(folder / "config.yaml")
     environment = _json(folder / "environment.json", optional=True)
     records = {(str(r["task"]), str(r["id"]), str(r["prompt_hash"])): r for r in load_records(folder)}
     return Run(

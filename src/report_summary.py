@@ -195,7 +195,7 @@ def _notes(row: Row) -> list[tuple[str, str]]:
             ("The prompt fitted the budget, so that nothing was evicted, in", f"{whole} {of} samples")
         )
     extra = row.memory("bookkeeping_bytes_mean")
-    if extra and after:
+    if extra and after and extra > 0.01 * after:
         found.append(("Bookkeeping besides, in % of the cache's bytes", f"{100 * extra / after:.1f} %"))
     if run.options and not run.full:
         options = ", ".join(f"{k}={v}" for k, v in sorted(run.options.items()))
