@@ -29,6 +29,7 @@ from src.report_summary import summary
 from src.report_tables import make_tables, tasks_table
 from src.report_tracking import track_report
 from src.statistics import RESAMPLES
+from src.tracking import MODES
 
 WIDE = 150  # columns where the output is no terminal
 

@@ -96,7 +96,7 @@ dl.notes p { margin: 0 0 .25rem; }
 .sample > div { padding: 0 .9rem .8rem; }
 .sample td { white-space: normal; text-align: left; vertical-align: top; border-top: 1px solid var(--line); }
 .sample td.who { min-width: 12rem; }
-.sample td.score { text-align: right; font-variant-numeric: tabular-nums; }
+.sample td.score { width: 4.5rem; text-align: right; font-variant-numeric: tabular-nums; }
 .said { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 14rem; overflow-y: auto; }
 .meter { display: inline-flex; gap: 2px; align-self: center; }
 .meter i.gap { margin-left: .35rem; }

@@ -184,7 +184,7 @@ def _outcome_settings(run: Run) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) or value is None else str(value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _json(path: Path, optional: bool = False) -> dict[str, Any]:
