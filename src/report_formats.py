@@ -35,6 +35,7 @@ class Column:
     note: str = ""  # small print under the name: metric, n
     number: bool = True
     detail: bool = False  # not in the terminal, where room is short
+    pinned: bool = False  # stays in sight on the page, however wide the table
     key: str = ""  # name in the CSV, where it differs
 
 

@@ -98,8 +98,8 @@ def _figure(svg: str, caption: str) -> str:
 
 def _table(table: Table) -> str:
     heads = "".join(
-        f'<th scope="col" class="{"" if c.number else "text"}"><button>{escape(c.name)}</button>'
-        f"{f'<small>{escape(c.note)}</small>' if c.note else ''}</th>"
+        f'<th scope="col" class="{"pin" if c.pinned else "" if c.number else "text"}">'
+        f"<button>{escape(c.name)}</button>{f'<small>{escape(c.note)}</small>' if c.note else ''}</th>"
         for c in table.columns
     )
     rows = []
@@ -108,7 +108,11 @@ def _table(table: Table) -> str:
         for cell, column in zip(row, table.columns, strict=True):
             raw = cell.raw if not column.number else cell.value
             known = raw is not None and not (isinstance(raw, float) and math.isnan(raw))
-            classes = " ".join(name for name, on in (("text", not column.number), ("loss", cell.loss)) if on)
+            classes = " ".join(
+                name
+                for name, on in (("text", not column.number), ("loss", cell.loss), ("pin", column.pinned))
+                if on
+            )
             share = f' style="--share:{cell.loss:.3f}"' if cell.loss else ""
             text = f"<b>{escape(cell.text)}</b>" if cell.bold else escape(cell.text)
             value = escape(str(raw)) if known else ""

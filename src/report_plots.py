@@ -8,12 +8,13 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
 from src.report_analysis import Analysis, Row
 from src.report_figures import COLOURS, INK, LOOK, new_figure, plain_axes, plain_text, series_style
 from src.report_runs import budget_order, show_budget
+from src.report_samples import MAP_SAMPLES
 from src.statistics import Interval
 
 RATIO_MAP = "cividis"  # its lightness rises evenly: the same order in print without colour
@@ -188,9 +189,12 @@ def differences(analysis: Analysis) -> Figure:
             axes.plot(interval.estimate, places[i], color=color, **style)
         axes.set_yticks(places, labels)
         axes.set_xlabel(f"difference to {plain_text(str(name))} (points of the average score)")
+        axes.xaxis.set_major_locator(MaxNLocator(6))
         plain_axes(axes, grid="x")
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
+    title = f"Paired differences: {_samples(analysis)}; 95 % intervals"
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     return figure
 
 
@@ -235,6 +239,9 @@ def retention_maps(analysis: Analysis, maps: dict[int, NDArray[np.float64]]) -> 
                 norm=PowerNorm(0.5, vmin=0, vmax=100),
                 interpolation="nearest",
             )
+    used = min(MAP_SAMPLES, len(analysis.study.keys))
+    title = f"Positions kept after the prompt: n = up to {used} samples, mean over KV heads"
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     figure.supxlabel("relative position in the prompt (0 = first token, 1 = last)", fontsize=9)
     if image is not None:
         bar = figure.colorbar(

@@ -32,11 +32,10 @@ def scores_table(analysis: Analysis) -> Table:
         POLICY,
         BUDGET,
         *(Column(task, f"{_metric(analysis, task)}n={usual[task]}") for task in study.tasks),
-        Column("average", "of tasks"),
     ]
     failures = analysis.failed > 0
-    if failures:
-        columns.append(Column("failed", "samples"))
+    columns += [Column("failed", "samples")] if failures else []
+    columns.append(Column("average", "of tasks", pinned=True))
     winners = {task: _winners(analysis, task) for task in (*study.tasks, None)}
     rows = []
     for row in analysis.rows:
@@ -57,9 +56,8 @@ def scores_table(analysis: Analysis) -> Table:
         full = analysis.full.average.estimate if analysis.full else 0.0
         mean = row.average.estimate
         loss = _loss(mean, full) if _budgeted(row) else None
+        cells += [Cell(str(row.failed), row.failed)] if failures else []
         cells.append(Cell(number(mean) + mark, mean, bold=id(row) in winners[None], loss=loss))
-        if failures:
-            cells.append(Cell(str(row.failed), row.failed))
         rows.append(tuple(cells))
     note = "Scores from 0 to 100; the average weighs every task the same. Bold: best policy at that budget."
     return Table(
@@ -97,11 +95,14 @@ def comparison_table(analysis: Analysis) -> Table:
     against = [("full cache", "full")] if analysis.full else []
     against += [(baseline, "baseline")] if baseline else []
     columns = [POLICY, BUDGET, Column("n", "samples"), Column("average", "95 % interval")]
+    uneven = any(
+        d and d.interval.n != row.average.n for row in analysis.rows for d in (row.full, row.baseline)
+    )
     for name, _ in against:
         columns += [
             Column(f"Δ {name}", "paired, 95 % interval", key=f"difference to {name}"),
             Column("SE", "of the Δ", detail=True, key=f"SE of difference to {name}"),
-            Column("n", "pairs", detail=True, key=f"pairs with {name}"),
+            *([Column("n", "pairs", detail=True, key=f"pairs with {name}")] if uneven else []),
             Column("p", "Holm", key=f"p (Holm) of difference to {name}"),
         ]
     rows = []
@@ -109,7 +110,7 @@ def comparison_table(analysis: Analysis) -> Table:
         mark = DAGGER if row.odd else ""
         cells = [*_heads(row), Cell(str(row.average.n), row.average.n), _interval(row.average, mark)]
         for _, attribute in against:
-            cells += _difference(getattr(row, attribute))
+            cells += _difference(getattr(row, attribute), uneven)
         rows.append(tuple(cells))
     note = (
         f"Intervals: bootstrap of samples within tasks, {analysis.resamples:,} resamples. p: paired "
@@ -213,19 +214,15 @@ def _interval(interval: Interval, mark: str, digits: int = 1) -> Cell:
     return Cell(text, interval.estimate, (interval.low, interval.high))
 
 
-def _difference(difference: Difference | None) -> list[Cell]:
+def _difference(difference: Difference | None, pairs: bool) -> list[Cell]:
     if difference is None:
-        return [_missing(), _missing(), _missing(), _missing()]
+        return [_missing()] * (4 if pairs else 3)
     interval = difference.interval
+    text = f"{signed(interval.estimate)} {between(interval)}".strip()
     return [
-        Cell(
-            f"{signed(interval.estimate)} {between(interval)}".strip(),
-            interval.estimate,
-            (interval.low, interval.high),
-            bold=difference.clear,
-        ),
+        Cell(text, interval.estimate, (interval.low, interval.high), bold=difference.clear),
         Cell(number(interval.stderr, 2), interval.stderr),
-        Cell(str(interval.n), interval.n),
+        *([Cell(str(interval.n), interval.n)] if pairs else []),
         Cell(p_value(difference.p_holm), difference.p_holm),
     ]
 

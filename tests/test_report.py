@@ -82,11 +82,11 @@ def test_a_failed_sample_is_shown_and_takes_the_run_out_of_the_contest(tmp_path:
     write_run(tmp_path, "ahakv", 64, lines(10, 10, 10, 10))
     table = scores_table(analyse(make_study([small(tmp_path)]), resamples=1000))
     shown = {row[0].text: row for row in table.rows}
-    assert [c.name for c in table.columns] == ["policy", "budget", "qasper", "average", "failed"]
+    assert [c.name for c in table.columns] == ["policy", "budget", "qasper", "failed", "average"]
     assert table.columns[2].note == "qa_f1, n=4"
-    assert shown["h2o"][2].text == "40.0 (n=3)" and shown["h2o"][3].text == "40.0†"
-    assert shown["h2o"][4].text == "1" and shown["snapkv"][4].text == "0"
-    assert [name for name, row in shown.items() if row[3].bold] == ["snapkv"]
+    assert shown["h2o"][2].text == "40.0 (n=3)" and shown["h2o"][4].text == "40.0†"
+    assert shown["h2o"][3].text == "1" and shown["snapkv"][3].text == "0"
+    assert [name for name, row in shown.items() if row[4].bold] == ["snapkv"]
 
 
 def test_only_the_best_of_several_is_bold_and_ties_share_it(tmp_path: Path) -> None:
