@@ -65,7 +65,8 @@ table.sortable th:first-child { background: var(--faint); }
 tr.break td { border-top: 1px solid var(--line); }
 tbody tr:hover td { background: var(--faint); }
 td.loss { background: color-mix(in srgb, var(--loss) calc(var(--share) * 62%), var(--card)); }
-.pin { position: sticky; right: 0; border-left: 1px solid var(--line); } td.pin:not(.loss) { background: var(--card); }
+.pin { position: sticky; right: 0; border-left: 1px solid var(--line); }
+td.pin:not(.loss) { background: var(--card); }
 .forms { margin: .4rem 0 1.2rem; font-size: .85rem; }
 .forms summary, .sample summary { cursor: pointer; }
 .forms summary { color: var(--soft); }
