@@ -8,6 +8,7 @@ import numpy as np
 from src.report_analysis import Analysis, Row
 from src.report_formats import between, number, p_value, signed
 from src.report_runs import show_budget
+from src.statistics import Interval
 
 FEW = 10  # samples per task below which a task's own score is mostly noise
 
@@ -37,9 +38,8 @@ def summary(analysis: Analysis) -> list[str]:
         f"on {study.model}: {_count(len(study.tasks), 'task')}, {_count(len(study.keys), 'sample')}."
     ]
     if full:
-        lines.append(
-            f"The full cache scores {number(full.average.estimate)} on average {between(full.average)}."
-        )
+        scored = number(full.average.estimate)
+        lines.append(f"The full cache scores {scored} on average{_range(full.average)}.")
     else:
         lines.append("There is no run of the full cache here, so no difference to it can be stated.")
     lines += [line for budget in study.budgets if (line := _at_budget(analysis, budget))]
@@ -57,15 +57,15 @@ def _at_budget(analysis: Analysis, budget: Any) -> str:
         return ""
     ratio = best.memory("ratio")
     share = f" ({100 * ratio:.1f} % of the full cache's bytes)" if ratio is not None else ""
-    lead = "the best is" if len(rows) > 1 else "there is"
-    line = (
-        f"At budget {show_budget(budget)}{share} {lead} {best.run.label} with {number(best.average.estimate)}"
-    )
+    top = best.average.estimate
+    tied = [r.run.label for r in rows if not r.odd and abs(r.average.estimate - top) < 1e-9]
+    lead = "there is" if len(rows) == 1 else "the best is" if len(tied) == 1 else "the best are equally"
+    line = f"At budget {show_budget(budget)}{share} {lead} {_and(tied)} with {number(top)}"
     if best.full:
         change = best.full.interval
         verdict = "a clear difference" if best.full.clear else "not a clear difference"
         line += (
-            f", {signed(change.estimate)} against the full cache {between(change)}, {verdict} "
+            f", {signed(change.estimate)} against the full cache{_range(change)}, {verdict} "
             f"(p = {p_value(best.full.p_holm)})".replace("p = <", "p < ")
         )
     return line + "."
@@ -103,10 +103,10 @@ def _cells(rows: list[Row]) -> str:
 
 def _no_clear_loss(analysis: Analysis) -> list[str]:
     """Absence of evidence is said together with how much could be hidden in it."""
-    judged = [r for r in analysis.budgeted if r.full and not np.isnan(r.full.p_holm) and not r.odd]
+    judged = [r for r in analysis.budgeted if r.full and not np.isnan(r.full.interval.low) and not r.odd]
     kept = [r for r in judged if r.full and not (r.full.clear and r.full.interval.estimate < 0)]
     if not judged:
-        return []
+        return ["Too few samples to judge any loss against the full cache."] if analysis.full else []
     if not kept:
         return ["Every policy loses clearly against the full cache at every budget tried."]
     ratio = [(row.memory("ratio") or np.inf, -row.average.estimate) for row in kept]
@@ -114,7 +114,7 @@ def _no_clear_loss(analysis: Analysis) -> list[str]:
     assert smallest.full is not None
     hidden = -smallest.full.interval.low
     allowed = (
-        f"its interval still allows a loss of {number(hidden)} points" if hidden > 0 else "no loss at all"
+        f"its interval still allows a loss of {number(hidden)} points" if hidden > 0 else "it scores higher"
     )
     return [f"The smallest cache without a clear loss is {smallest.run.cell} ({allowed})."]
 
@@ -209,6 +209,10 @@ def _notes(row: Row) -> list[tuple[str, str]]:
     reasons = Counter(str(r["error"]).strip().split("\n")[0] for r in run.records.values() if r.get("error"))
     found += [(f"Failed samples ({reason})", str(count)) for reason, count in reasons.most_common(3)]
     return found
+
+
+def _range(interval: Interval) -> str:
+    return f" {between(interval)}" if between(interval) else " (too few samples for an interval)"
 
 
 def _ci(row: Row) -> str:

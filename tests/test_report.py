@@ -343,6 +343,15 @@ def test_the_summary_says_what_the_numbers_say(tmp_path: Path) -> None:
     assert re.search(r"largest loss on one task: qasper falls from [\d.]+ to [\d.]+ under h2o at 64", text)
 
 
+def test_the_summary_claims_nothing_from_one_sample_per_task(tmp_path: Path) -> None:
+    for policy in ("full", "snapkv", "h2o"):
+        write_run(tmp_path, policy, 64, [*lines(50), *lines(70, task="trec")])
+    text = " ".join(summary(analyse(make_study([tmp_path]), resamples=1000)))
+    assert "the best are equally h2o and snapkv with 60.0" in text
+    assert "too few samples for an interval" in text and "Too few samples to judge any loss" in text
+    assert "without a clear loss" not in text and "nan" not in text
+
+
 def test_notes_tell_growth_and_failures(tmp_path: Path) -> None:
     write_run(tmp_path, "full", 64, lines(1, 2))
     write_run(tmp_path, "snapkv", 64, lines(1, None), options={"kernel": 1})
