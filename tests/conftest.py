@@ -21,3 +21,29 @@ def shared() -> Callable[[str], Path]:
         return path
 
     return locate
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama with its tokenizer, saved for `model=local`."""
+    from tiny import tiny, tiny_tokenizer
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    tiny("llama").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def base(model_folder: Path, tmp_path: Path) -> list[str]:
+    """Arguments of a run or sweep that takes well under a second and writes to `tmp_path / "results"`."""
+    return [
+        "model=local",
+        f"model.path={model_folder}",
+        "model.max_prompt_tokens=200",
+        "tasks=needle",
+        "limit=2",
+        "max_new_tokens=8",
+        "wandb.mode=disabled",
+        f"output_root={tmp_path / 'results'}",
+    ]
