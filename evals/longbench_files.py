@@ -88,9 +88,7 @@ def unpack(archive: Path, target: Path) -> Path:
     return target
 
 
-def config_files(
-    root: Path | None, config_dir: str | None, url: str
-) -> tuple[dict[str, str], dict[str, int]]:
+def config_files(root: Path | None, config_dir: str | None, url: str) -> tuple[dict[str, str], dict[str, int]]:
     """Prompts and lengths: from config_dir, else `config` in the data folder, else from the URL."""
     if config_dir:
         folder = Path(config_dir).expanduser()

@@ -147,9 +147,7 @@ PROMPTS = {
         "What is the secret code? Answer with the five digits of the code."
     ),
     "needle_distractors": "{context}\n\nOne sentence again:\nThe code of the {input} is",
-    "passage_retrieval": (
-        "Here are some paragraphs.\n\n{context}\n\nWhat is the number of the {input} paragraph?"
-    ),
+    "passage_retrieval": ("Here are some paragraphs.\n\n{context}\n\nWhat is the number of the {input} paragraph?"),
     "kv_lookup": "{context}\n\nOne line again:\nThe value of {input} is",
     "few_shot": "{context}\n{input}:",
 }

@@ -263,9 +263,7 @@ except DataError as error:
 
 def run_load(config_url: str, home: Path, **environment: str) -> str:
     """In a process of its own: huggingface_hub reads its environment once, when it is imported."""
-    clean = {
-        key: value for key, value in os.environ.items() if not key.startswith(("HF_", "LONGBENCH", "KVBENCH"))
-    }
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "LONGBENCH", "KVBENCH"))}
     clean |= {"HF_HOME": str(home / "hf"), "KVBENCH_CACHE": str(home / "own"), "NO_PROXY": "127.0.0.1"}
     done = subprocess.run(
         [sys.executable, "-c", LOAD, config_url],
@@ -292,9 +290,7 @@ def test_download_once_from_a_stand_in_for_the_hub(hub: tuple[str, type[Hub]], t
     assert run_load(f"{address}/config", tmp_path, HF_HUB_OFFLINE="1") == expected
 
 
-def test_missing_data_without_network_names_path_and_command(
-    hub: tuple[str, type[Hub]], tmp_path: Path
-) -> None:
+def test_missing_data_without_network_names_path_and_command(hub: tuple[str, type[Hub]], tmp_path: Path) -> None:
     address, handler = hub
     line = run_load(f"{address}/config", tmp_path, HF_ENDPOINT=address, HF_HUB_OFFLINE="1")
     assert line.startswith("DataError: LongBench rows: data.zip of zai-org/LongBench could not be fetched")
@@ -302,9 +298,7 @@ def test_missing_data_without_network_names_path_and_command(
     assert "tasks.data_dir" in line and "LONGBENCH_DIR" in line
     line = run_load(f"{address}/config", tmp_path, HF_ENDPOINT=address)  # the repository is not there: 404
     assert line.startswith("DataError: LongBench rows: ")
-    handler.files["/datasets/zai-org/LongBench/resolve/main/data.zip"] = archive(
-        **{"data/hotpotqa.jsonl": "{}"}
-    )
+    handler.files["/datasets/zai-org/LongBench/resolve/main/data.zip"] = archive(**{"data/hotpotqa.jsonl": "{}"})
     line = run_load(f"{address}/config", tmp_path, HF_ENDPOINT=address)
     assert "dataset2prompt.json: missing and could not be fetched" in line
     assert f"Save {address}/config/dataset2prompt.json there" in line and "tasks.config_dir" in line

@@ -13,9 +13,7 @@ from evals.tasks import Sample, load_samples, task_names
 
 
 def load(data_dir: Path | str | None, names: list[str] | None = None, **options: Any) -> list[Sample]:
-    return load_samples(
-        "longgenbench", names, None, None if data_dir is None else str(data_dir), 0, **options
-    )
+    return load_samples("longgenbench", names, None, None if data_dir is None else str(data_dir), 0, **options)
 
 
 def write(folder: Path, name: str, *lines: object) -> Path:
@@ -32,9 +30,7 @@ def row(**changes: Any) -> dict[str, Any]:
 
 def test_real_rows(shared: Callable[[str], Path]) -> None:
     samples = load(shared("data/longgenbench"))
-    counts = {
-        name: [s for s in samples if s.task.name == name] for name in ("gsm8k_30", "mmlu_30", "csqa_40")
-    }
+    counts = {name: [s for s in samples if s.task.name == name] for name in ("gsm8k_30", "mmlu_30", "csqa_40")}
     assert {name: len(found) for name, found in counts.items()} == {
         "gsm8k_30": 43,
         "mmlu_30": 53,
@@ -57,9 +53,7 @@ def test_the_prompt_has_the_length_that_the_reference_recorded(shared: Callable[
     oracle = shared("oracles/longgenbench/full") / "meta-llama-3.1-8b-instruct_2048"
     samples = load(shared("data/longgenbench"))
     for dataset, name in (("gsm8k", "gsm8k_30"), ("mmlu", "mmlu_30"), ("csqa", "csqa_40")):
-        recorded = [
-            json.loads(line) for line in (oracle / dataset / "ALLKV.jsonl").read_text("utf-8").splitlines()
-        ]
+        recorded = [json.loads(line) for line in (oracle / dataset / "ALLKV.jsonl").read_text("utf-8").splitlines()]
         ours = [s for s in samples if s.task.name == name]
         assert [len(s.prompt) for s in ours] == [item["length"] for item in recorded]
         assert [list(s.answers) for s in ours] == [item["answers"] for item in recorded]

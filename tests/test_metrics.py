@@ -119,16 +119,12 @@ def test_score_sample_is_the_best_reference_in_per_cent() -> None:
 
 def test_first_line_rule() -> None:
     assert score_sample(task_of("triviaqa"), "\n\nParis\nRome", ["Paris"], None) == 100.0
-    assert (
-        score_sample(task_of("triviaqa"), " \nParis", ["Paris"], None) == 0.0
-    )  # a blank line is not a newline
+    assert score_sample(task_of("triviaqa"), " \nParis", ["Paris"], None) == 0.0  # a blank line is not a newline
     assert score_sample(task_of("qasper"), "Paris\nParis", ["Paris"], None) < 100.0
 
 
 def test_rouge_extras_only_for_english_summaries() -> None:
-    extras = extra_scores(
-        task_of("gov_report"), "The cat sat.\nIt slept.", ["nothing", "the cat sat. it slept."]
-    )
+    extras = extra_scores(task_of("gov_report"), "The cat sat.\nIt slept.", ["nothing", "the cat sat. it slept."])
     assert set(extras) == {"rouge1", "rouge2", "rougeL", "rougeLsum"}
     assert extras["rouge1"] == pytest.approx(100.0)
     assert extra_scores(task_of("samsum"), "good\nbad", ["good"])["rouge1"] == pytest.approx(100.0)
@@ -149,9 +145,7 @@ def test_official_longgen_scorer_shifts_after_a_skipped_answer_and_the_other_doe
 
 def test_longgen_numbers_with_signs() -> None:
     golds = ["#### 1,200", "#### 5", "#### 2"]
-    text = (
-        "Answer_9: The answer is $1,200.\nAnswer_10: the answer is 5 apples.\nAnswer_11: The answer is 2/3."
-    )
+    text = "Answer_9: The answer is $1,200.\nAnswer_10: the answer is 5 apples.\nAnswer_11: The answer is 2/3."
     assert official(NUMBERS, text, golds) == 0.0  # reads 5 as the first answer
     assert by_number(NUMBERS, text, golds) == pytest.approx(2 / 3)  # 2/3 is not 2
 

@@ -34,9 +34,7 @@ def bytewise() -> Any:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
     core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", chat_template=TEMPLATE
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", chat_template=TEMPLATE)
 
 
 def sample(before: str, after: str, chat: bool = True) -> Sample:
@@ -136,9 +134,7 @@ def test_template_settings_and_switch(bytewise: Any) -> None:
 
 
 def test_without_a_template_the_plain_prompt_is_used(bytewise: Any) -> None:
-    bare = PreTrainedTokenizerFast(
-        tokenizer_object=bytewise.backend_tokenizer, bos_token="<s>", eos_token="</s>"
-    )
+    bare = PreTrainedTokenizerFast(tokenizer_object=bytewise.backend_tokenizer, bos_token="<s>", eos_token="</s>")
     prompt = encode(sample("context", "?"), bare, 100)
     assert not prompt.chat and prompt.ids == bytewise("context?").input_ids
 
