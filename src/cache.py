@@ -153,10 +153,10 @@ class LayerCache:
         """
         lanes, kv_heads, group, dim = query.shape
         query = (query * scaling).reshape(-1, group, dim)
-        logits = query.new_empty(lanes * kv_heads, group, self.slots + 1)
-        torch.bmm(query, self.keys.flatten(0, 1).transpose(1, 2), out=logits[..., :-1])
-        torch.bmm(query, key.reshape(-1, dim, 1), out=logits[..., -1:])
-        logits = precise(logits.view(lanes, kv_heads, group, -1))
+        # One contiguous product each: a product written into a slice would run batch by batch on a CPU.
+        cached = torch.bmm(query, self.keys.flatten(0, 1).transpose(1, 2))
+        own = torch.bmm(query, key.reshape(-1, dim, 1))
+        logits = precise(torch.cat([cached, own], dim=-1)).view(lanes, kv_heads, group, -1)
         return logits if self.mask is None else logits.add_(self.mask)
 
     def mix(self, weights: Tensor, value: Tensor) -> Tensor:

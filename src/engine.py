@@ -204,10 +204,12 @@ class Engine:
             full = [row_of[id(lanes[row].full or lanes[row])] for row in rows]
             meter.begin(rows, full, [measured[id(lanes[row])] for row in rows])
         where = [lane.position for lane in lanes]
-        batch.position = torch.tensor(where, device=self.model.device)
+        batch.position = torch.tensor(where, device=self.model.device, dtype=torch.int32)
         batch.longest = max(where) + 1
         ids = torch.tensor([[lane.next_input()] for lane in lanes], device=self.model.device)
-        logits = self.model(ids, position_ids=batch.position[:, None], use_cache=False, lanes=batch).logits[:, -1]
+        logits = self.model(ids, position_ids=batch.position[:, None].long(), use_cache=False, lanes=batch).logits[
+            :, -1
+        ]
         batch.t += 1
         meter.watch_logits(logits, [targets[row] for row in rows])
         chosen = choose(logits, [(lane.result.request, len(lane.result.tokens)) for lane in lanes]).tolist()

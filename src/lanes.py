@@ -206,7 +206,7 @@ class LaneBatch:
 
     Attributes:
         t: tokens that every lane has taken since its prompt was cut.
-        position: original position of each lane's incoming token, `(lanes,)`; set before every step.
+        position: original position of each lane's incoming token, `(lanes,)`, int32; set before every step.
         longest: the longest text of any lane so far, in tokens.
     """
 
