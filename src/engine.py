@@ -7,7 +7,7 @@ into one lane per variant and decodes all lanes of a wave together, greedily. It
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -83,8 +83,10 @@ class Engine:
         self.memory = MemoryMeter(model.device)
 
     @torch.inference_mode()
-    def run(self, jobs: Iterable[Job]) -> Iterator[Generation]:
+    def run(self, jobs: Iterable[Job], stop: Callable[[], bool] = lambda: False) -> Iterator[Generation]:
         """Every job under each of its variants, in waves of at most `max_lanes` lanes.
+
+        Once `stop` says so, no further prompt is begun; those that are under way are finished.
 
         Yields:
             A `Generation` as soon as its lane has finished; one with `error` when memory ran out even alone.
@@ -96,18 +98,18 @@ class Engine:
         for job in jobs:
             lanes = sum(len(j.variants) * (2 if j.request.reference else 1) for j in (*wave, job))
             if wave and lanes > self.max_lanes:
-                yield from self._wave(wave)
+                yield from self._wave(wave, stop)
                 wave = []
             wave.append(job)
         if wave:
-            yield from self._wave(wave)
+            yield from self._wave(wave, stop)
 
-    def _wave(self, jobs: list[Job]) -> Iterator[Generation]:
+    def _wave(self, jobs: list[Job], stop: Callable[[], bool]) -> Iterator[Generation]:
         """One wave; when memory runs out, what is unfinished is tried again in halves."""
         finished: set[tuple[int, Variant]] = set()
         lanes: list[Lane] = []
         try:
-            lanes = [lane for job in jobs for lane in self._prefill(job)]
+            lanes = [lane for job in jobs if not stop() for lane in self._prefill(job)]
             for result in self._decode(lanes):
                 finished.add((id(result.request), result.variant))
                 yield result
@@ -121,11 +123,11 @@ class Engine:
         left = [Job(j.request, [v for v in j.variants if (id(j.request), v) not in finished]) for j in jobs]
         left = [j for j in left if j.variants]
         if len(left) > 1:
-            yield from self._wave(left[: len(left) // 2])
-            yield from self._wave(left[len(left) // 2 :])
+            yield from self._wave(left[: len(left) // 2], stop)
+            yield from self._wave(left[len(left) // 2 :], stop)
         elif left and len(left[0].variants) > 1:
             for variant in left[0].variants:
-                yield from self._wave([Job(left[0].request, [variant])])
+                yield from self._wave([Job(left[0].request, [variant])], stop)
         elif left:
             yield Generation(left[0].request, left[0].variants[0], error=f"out of memory: {reason}")
 
