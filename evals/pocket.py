@@ -14,9 +14,8 @@ import random
 import re
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
-
 from pydoc_data.topics import topics
+from typing import Any
 
 from evals.pocket_words import KINDS, LABELS, NAMES
 from evals.rows import as_dataset, to_sample

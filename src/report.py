@@ -18,16 +18,16 @@ from typing import Any, NoReturn
 from rich.console import Console
 
 from src.errors import InputError
-from src.report_analysis import Analysis, Difference, analyse
-from src.report_data import make_study
-from src.report_figures import inline_svg, pdf, png
-from src.report_formats import Table, comma_separated, latex, markdown, terminal
-from src.report_html import page
-from src.report_plots import make_figures
-from src.report_samples import contrasts, retention_maps
-from src.report_summary import summary
-from src.report_tables import make_tables, tasks_table
-from src.report_tracking import track_report
+from src.reporting.analysis import Analysis, Difference, analyse
+from src.reporting.data import make_study
+from src.reporting.figures import inline_svg, pdf, png
+from src.reporting.formats import Table, comma_separated, latex, markdown, terminal
+from src.reporting.html import page
+from src.reporting.plots import make_figures
+from src.reporting.samples import contrasts, retention_maps
+from src.reporting.summary import summary
+from src.reporting.tables import make_tables, tasks_table
+from src.reporting.tracking import track_report
 from src.statistics import RESAMPLES
 from src.tracking import MODES
 
@@ -138,27 +138,17 @@ class _Parser(argparse.ArgumentParser):
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _Parser("python -m src.report", description="Tables, figures and a web page over finished runs.")
-    parser.add_argument(
-        "folders", nargs="+", type=Path, metavar="DIR", help="a run's folder, or a folder above some"
-    )
-    parser.add_argument(
-        "--baseline", help="policy to compare with at equal budget (default: snapkv if there)"
-    )
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="where to write (default: `report` beside the runs)"
-    )
+    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="a run's folder, or a folder above some")
+    parser.add_argument("--baseline", help="policy to compare with at equal budget (default: snapkv if there)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: `report` beside the runs)")
     parser.add_argument("--wandb", default="disabled", choices=MODES, metavar="MODE", help=" | ".join(MODES))
     parser.add_argument("--wandb-project", default="kv-eviction", metavar="NAME", help="(kv-eviction)")
     parser.add_argument("--resamples", type=int, default=RESAMPLES, help=f"bootstrap resamples ({RESAMPLES})")
     parser.add_argument("--seed", type=int, default=0, help="of the resampling (0)")
-    parser.add_argument(
-        "--samples", type=int, default=24, help="how many samples the page shows in full (24)"
-    )
+    parser.add_argument("--samples", type=int, default=24, help="how many samples the page shows in full (24)")
     found = parser.parse_args(argv)
     if found.resamples < 1000:
-        raise InputError(
-            f"--resamples {found.resamples}: at least 1000, or the intervals are noise themselves"
-        )
+        raise InputError(f"--resamples {found.resamples}: at least 1000, or the intervals are noise themselves")
     if found.seed < 0:
         raise InputError(f"--seed {found.seed}: a whole number from 0 on")
     if found.samples < 0:

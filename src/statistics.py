@@ -103,9 +103,7 @@ def bootstrap_intervals(
     ]
 
 
-def sign_flip_pvalues(
-    differences: Array, tasks: NDArray[np.int_], resamples: int = RESAMPLES, seed: int = 0
-) -> Array:
+def sign_flip_pvalues(differences: Array, tasks: NDArray[np.int_], resamples: int = RESAMPLES, seed: int = 0) -> Array:
     """Two-sided p-value per column of "paired differences are symmetric around zero", by flipping signs.
 
     Exact (every sign pattern) for up to 13 non-zero differences; otherwise from random patterns, counting

@@ -26,9 +26,7 @@ STRENGTH = {"full": 1.0, "snapkv": 0.9, "ahakv": 0.88, "h2o": 0.75, "streaming_l
 Score = Callable[[str, int], float | None]
 
 
-def record(
-    task: str, number: int, score: float | None, budget: float, n: int = 400, **more: Any
-) -> dict[str, Any]:
+def record(task: str, number: int, score: float | None, budget: float, n: int = 400, **more: Any) -> dict[str, Any]:
     """One line of predictions.jsonl."""
     kept = n if budget >= n else int(budget if budget > 1 else budget * n)
     size = LAYERS * HEADS * 64 * 2 * 4
@@ -124,9 +122,7 @@ def kept_positions(policy: str, budget: int, seed: int = 0) -> Callable[[dict[st
             weights = taste * (1 + layer * 0.2 * x) + 1e-9
             free = n - 16
             picks = [
-                generator.choice(
-                    free, min(budget, n) - 16, replace=False, p=weights[:free] / weights[:free].sum()
-                )
+                generator.choice(free, min(budget, n) - 16, replace=False, p=weights[:free] / weights[:free].sum())
                 for _ in range(HEADS)
             ]
             layers.append(np.array([[*sorted(p), *range(free, n)] for p in picks]))
@@ -153,11 +149,7 @@ def write_study(
             for number in range(per_task):
                 line = record(task, number, score(task, number), budget)
                 if fidelity:
-                    loss = (
-                        0.0
-                        if policy == "full"
-                        else (1.05 - STRENGTH[policy]) * 20 / budget * (1 + number % 3)
-                    )
+                    loss = 0.0 if policy == "full" else (1.05 - STRENGTH[policy]) * 20 / budget * (1 + number % 3)
                     line["fidelity"] = {"nll": 2.4 + loss / 2, "kl": loss, "top1": 1 - loss / 3}
                 lines.append(line)
         kept = kept_positions(policy, budget) if retention else (lambda _: None)

@@ -12,15 +12,15 @@ from synthetic_runs import METRICS, record, write_run, write_study
 
 from src.errors import InputError
 from src.report import main, write_report
-from src.report_analysis import analyse
-from src.report_data import make_study
-from src.report_formats import Cell, Column, Table, comma_separated, latex, markdown
-from src.report_html import page
-from src.report_plots import make_figures, pareto_front
-from src.report_runs import find_runs
-from src.report_samples import contrasts, retention_maps
-from src.report_summary import notes, summary
-from src.report_tables import comparison_table, make_tables, scores_table
+from src.reporting.analysis import analyse
+from src.reporting.data import make_study
+from src.reporting.formats import Cell, Column, Table, comma_separated, latex, markdown
+from src.reporting.html import page
+from src.reporting.plots import make_figures, pareto_front
+from src.reporting.runs import find_runs
+from src.reporting.samples import contrasts, retention_maps
+from src.reporting.summary import notes, summary
+from src.reporting.tables import comparison_table, make_tables, scores_table
 
 Lines = list[dict[str, Any]]
 
@@ -208,7 +208,7 @@ def test_options_that_differ_become_part_of_the_name(tmp_path: Path) -> None:
 def test_defaults_in_conf_stay_unnamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "conf/policy").mkdir(parents=True)
     (tmp_path / "conf/policy/snapkv.yaml").write_text("name: snapkv\nkernel: 7\nwindow: 32\n")
-    monkeypatch.setattr("src.report_runs.CONF", tmp_path / "conf")
+    monkeypatch.setattr("src.reporting.runs.CONF", tmp_path / "conf")
     runs = tmp_path / "runs"
     write_run(runs, "snapkv", 64, lines(1, 2), options={"kernel": 7, "window": 32})
     write_run(runs, "snapkv", 64, lines(1, 2), options={"kernel": 1, "window": 32})
@@ -334,10 +334,7 @@ def test_the_summary_says_what_the_numbers_say(tmp_path: Path) -> None:
     write_run(tmp_path, "ahakv", 64, lines(*(base - 4 + generator.normal(0, 2, 20))))
     write_run(tmp_path, "snapkv", 128, lines(*(base + generator.normal(0, 2, 20)), budget=128))
     text = " ".join(summary(analyse(make_study([tmp_path]), resamples=2000)))
-    assert (
-        "the best is ahakv" in text
-        and "Clearly better than snapkv (Holm-corrected p < 0.05): ahakv at 64." in text
-    )
+    assert "the best is ahakv" in text and "Clearly better than snapkv (Holm-corrected p < 0.05): ahakv at 64." in text
     assert "Clearly worse than snapkv (Holm-corrected p < 0.05): h2o at 64." in text
     assert "smallest cache without a clear loss is snapkv at 128 (its interval still allows a loss" in text
     assert re.search(r"largest loss on one task: qasper falls from [\d.]+ to [\d.]+ under h2o at 64", text)
@@ -386,9 +383,7 @@ def test_the_page_escapes_what_models_and_data_say(tmp_path: Path) -> None:
     evil = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
     for policy, score in (("full", 100), ("snapkv", 0)):
         line = record("t<b>", 0, score, 64, prediction=f"{policy} {evil}", answers=[evil], id=f'"{evil}')
-        write_run(
-            tmp_path, policy, 64, [line, record("qasper", 1, None, 64, error=evil)], options={"o": evil}
-        )
+        write_run(tmp_path, policy, 64, [line, record("qasper", 1, None, 64, error=evil)], options={"o": evil})
     study = make_study([tmp_path])
     analysis = analyse(study, resamples=1000)
     text = page(analysis, make_tables(analysis), {}, contrasts(study), [evil])

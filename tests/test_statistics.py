@@ -58,9 +58,7 @@ def test_equal_scores_give_an_interval_of_no_width() -> None:
 def test_the_bootstrap_has_the_unbiased_variance() -> None:
     scores = np.array([[0.0], [0.0], [0.0], [100.0]])
     draws = _resample(scores, np.zeros(4, dtype=int), 40_000, 0)
-    assert draws.std() == pytest.approx(
-        stats.sem(scores[:, 0]), rel=0.02
-    )  # a plain bootstrap gives 0.866 of it
+    assert draws.std() == pytest.approx(stats.sem(scores[:, 0]), rel=0.02)  # a plain bootstrap gives 0.866 of it
 
 
 def test_interval_is_seeded_and_agrees_with_student_for_normal_data() -> None:
@@ -157,7 +155,5 @@ def test_holm_by_hand() -> None:
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
     corrected = holm([0.02, float("nan"), 0.01])
-    assert (
-        corrected[0] == pytest.approx(0.02) and np.isnan(corrected[1]) and corrected[2] == pytest.approx(0.02)
-    )
+    assert corrected[0] == pytest.approx(0.02) and np.isnan(corrected[1]) and corrected[2] == pytest.approx(0.02)
     assert holm([]) == []

@@ -11,19 +11,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
-from src.report_analysis import Analysis, Row
-from src.report_figures import COLOURS, INK, LOOK, new_figure, plain_axes, plain_text, series_style
-from src.report_runs import budget_order, show_budget
-from src.report_samples import MAP_SAMPLES
+from src.reporting.analysis import Analysis, Row
+from src.reporting.figures import COLOURS, INK, LOOK, new_figure, plain_axes, plain_text, series_style
+from src.reporting.runs import budget_order, show_budget
+from src.reporting.samples import MAP_SAMPLES
 from src.statistics import Interval
 
 RATIO_MAP = "cividis"  # its lightness rises evenly: the same order in print without colour
 Pick = Callable[[Row], Interval | None]
 
 
-def make_figures(
-    analysis: Analysis, retention: dict[int, NDArray[np.float64]] | None = None
-) -> dict[str, Figure]:
+def make_figures(analysis: Analysis, retention: dict[int, NDArray[np.float64]] | None = None) -> dict[str, Figure]:
     """Those that these runs can fill, by name. `retention`: column of a run -> (layers, bins) share kept."""
     with matplotlib.rc_context(LOOK):
         return _figures(analysis, retention or {})
@@ -70,9 +68,7 @@ def _budget_curves(analysis: Analysis, picks: Sequence[tuple[str, Pick]], title:
     panels = [(label, pick, kind) for label, pick in picks for kind in kinds]
     figure = new_figure((6.8 if len(panels) == 1 else 4.4 * len(panels)) + 2.2, 4.2)
     drawn: dict[str, Artist] = {}
-    for axes, (label, pick, entries) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
-    ):
+    for axes, (label, pick, entries) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         budgets = [b for b in analysis.study.budgets if budget_order(b)[0] == entries]
         reference = pick(analysis.full) if analysis.full else None
         if reference and not (label.startswith("KL") and reference.estimate == 0):
@@ -88,9 +84,7 @@ def _budget_curves(analysis: Analysis, picks: Sequence[tuple[str, Pick]], title:
         axes.xaxis.set_major_locator(FixedLocator([float(b) for b in budgets]))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: show_budget(round(value, 6))))
-        axes.set_xlabel(
-            "budget (entries per layer and KV head)" if entries else "budget (share of the prompt)"
-        )
+        axes.set_xlabel("budget (entries per layer and KV head)" if entries else "budget (share of the prompt)")
         axes.set_ylabel(label)
         plain_axes(axes)
     figure.suptitle(f"{title}; bands: 95 % intervals", fontsize=10, x=0.01, ha="left")
@@ -104,9 +98,7 @@ def _curve(axes: Axes, points: Sequence[tuple[float | int, Interval]], i: int) -
     x = [float(b) for b, _ in points]
     color = COLOURS[i % len(COLOURS)]
     (line,) = axes.plot(x, [p.estimate for _, p in points], color=color, **series_style(i))
-    axes.fill_between(
-        x, [p.low for _, p in points], [p.high for _, p in points], color=color, alpha=0.15, linewidth=0
-    )
+    axes.fill_between(x, [p.low for _, p in points], [p.high for _, p in points], color=color, alpha=0.15, linewidth=0)
     if len(points) == 1:
         bar = [[points[0][1].estimate - points[0][1].low], [points[0][1].high - points[0][1].estimate]]
         axes.errorbar(x, [points[0][1].estimate], yerr=bar, color=color, capsize=3, linewidth=1)
@@ -127,9 +119,7 @@ def score_vs_bytes(analysis: Analysis) -> Figure:
         own = [(x, row.average) for x, row in placed if row.run.label == name and not row.run.full]
         if own:
             style = {**series_style(i), "linestyle": "none"}
-            axes.plot(
-                [x for x, _ in own], [a.estimate for _, a in own], color=COLOURS[i % 8], label=name, **style
-            )
+            axes.plot([x for x, _ in own], [a.estimate for _, a in own], color=COLOURS[i % 8], label=name, **style)
     for x, row in placed:
         if row.run.full:
             axes.plot(x, row.average.estimate, "*", color=INK, markersize=13, label="full cache")
@@ -171,9 +161,7 @@ def differences(analysis: Analysis) -> Figure:
         places.append(-place)
         labels.append(f"{plain_text(row.run.label)}  {show_budget(row.run.budget):>5}")
     figure = new_figure(3.4 * len(panels) + 2.2, 0.21 * place + 1.1)
-    for axes, (name, found) in zip(
-        figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels, strict=True
-    ):
+    for axes, (name, found) in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels, strict=True):
         axes.axvline(0, color=INK, linewidth=1)
         for i, (row, difference) in enumerate(zip(rows, found, strict=True)):
             if difference is None:
@@ -225,9 +213,7 @@ def retention_maps(analysis: Analysis, maps: dict[int, NDArray[np.float64]]) -> 
             axes.xaxis.set_major_locator(FixedLocator([0, 0.5, 1]))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             if column is None or column not in maps:
-                axes.text(
-                    0.5, 0.5, "not recorded", ha="center", transform=axes.transAxes, color=INK, fontsize=8
-                )
+                axes.text(0.5, 0.5, "not recorded", ha="center", transform=axes.transAxes, color=INK, fontsize=8)
                 continue
             shown = 100 * maps[column]
             image = axes.imshow(
@@ -244,9 +230,7 @@ def retention_maps(analysis: Analysis, maps: dict[int, NDArray[np.float64]]) -> 
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     figure.supxlabel("relative position in the prompt (0 = first token, 1 = last)", fontsize=9)
     if image is not None:
-        bar = figure.colorbar(
-            image, ax=grid.ravel().tolist(), label="positions kept (%)", ticks=[0, 5, 25, 50, 100]
-        )
+        bar = figure.colorbar(image, ax=grid.ravel().tolist(), label="positions kept (%)", ticks=[0, 5, 25, 50, 100])
         bar.ax.tick_params(labelsize=8)
     return figure
 

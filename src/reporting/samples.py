@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from src.errors import InputError
-from src.report_data import Study
-from src.report_runs import Key, Run
+from src.reporting.data import Study
+from src.reporting.runs import Key, Run
 from src.retention import capacity
 from src.retention_store import load_retention
 
@@ -52,9 +52,7 @@ def contrasts(study: Study, limit: int = 24) -> list[Contrast]:
         task = int(study.task_of[rows[i]])
         turns[task] = turns.get(task, 0) + 1
         ranked.append((turns[task], i))
-    chosen = [
-        i for _, i in sorted(ranked, key=lambda pair: pair[0])[:limit]
-    ]  # stable: best of each task first
+    chosen = [i for _, i in sorted(ranked, key=lambda pair: pair[0])[:limit]]  # stable: best of each task first
     return [_contrast(study, int(rows[i])) for i in sorted(chosen, key=order.index)]
 
 

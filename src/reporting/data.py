@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from src.errors import InputError
-from src.report_runs import Key, Run, budget_order, check_comparable, find_runs, label_runs, load_run
+from src.reporting.runs import Key, Run, budget_order, check_comparable, find_runs, label_runs, load_run
 from src.statistics import Array, macro_mean
 
 
@@ -42,9 +42,7 @@ class Study:
         return list(dict.fromkeys(run.budget for run in self.runs if not run.full and run.budget is not None))
 
     def column(self, label: str, budget: int | float | None) -> int | None:
-        matches = (
-            i for i, r in enumerate(self.runs) if r.label == label and r.budget == budget and not r.full
-        )
+        matches = (i for i, r in enumerate(self.runs) if r.label == label and r.budget == budget and not r.full)
         return next(matches, None)
 
     def failed(self, column: int) -> int:
@@ -99,9 +97,7 @@ def _single_full(runs: list[Run]) -> tuple[list[Run], list[str]]:
     """A budget means nothing to the full cache: of several such runs the one with most samples stays."""
     full = sorted((r for r in runs if r.full), key=lambda r: -len(r.records))
     dropped = [r.folder for r in full[1:]]
-    notes = [
-        f"{path.name} is left out: {full[0].folder.name} already holds the full cache." for path in dropped
-    ]
+    notes = [f"{path.name} is left out: {full[0].folder.name} already holds the full cache." for path in dropped]
     return [r for r in runs if r.folder not in dropped], notes
 
 
@@ -114,20 +110,14 @@ def _choose_baseline(runs: Sequence[Run], wanted: str | None) -> str | None:
         return wanted
     if len(named) == 1:
         return named[0]
-    raise InputError(
-        f"--baseline {wanted}: not a policy of these runs; choose one of {', '.join(labels) or '(none)'}"
-    )
+    raise InputError(f"--baseline {wanted}: not a policy of these runs; choose one of {', '.join(labels) or '(none)'}")
 
 
-def _sample_warnings(
-    runs: Sequence[Run], keys: Sequence[Key], scores: Array, task_of: NDArray[np.int_]
-) -> list[str]:
+def _sample_warnings(runs: Sequence[Run], keys: Sequence[Key], scores: Array, task_of: NDArray[np.int_]) -> list[str]:
     warnings = []
     if len({key[:2] for key in keys}) < len(keys):
         count = len(keys) - len({key[:2] for key in keys})
-        warnings.append(
-            f"{count} samples have another prompt in some runs (changed data?); those are not paired."
-        )
+        warnings.append(f"{count} samples have another prompt in some runs (changed data?); those are not paired.")
     common = int((~np.isnan(scores)).all(axis=1).sum())
     if len(runs) > 1 and common < len(keys):
         warnings.append(

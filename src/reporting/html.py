@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from src.report_analysis import Analysis
-from src.report_assets import SCRIPT, STYLE
-from src.report_formats import Table, comma_separated, latex, markdown, number
-from src.report_runs import flat, show_budget
-from src.report_samples import CUT, Answer, Contrast
-from src.report_summary import headline, notes, summary
+from src.reporting.analysis import Analysis
+from src.reporting.assets import SCRIPT, STYLE
+from src.reporting.formats import Table, comma_separated, latex, markdown, number
+from src.reporting.runs import flat, show_budget
+from src.reporting.samples import CUT, Answer, Contrast
+from src.reporting.summary import headline, notes, summary
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 CAPTIONS = {
@@ -61,13 +61,11 @@ def page(
     add("conditions", "Conditions", _conditions(analysis))
     links = "".join(f'<a href="#{name}">{name.capitalize()}</a>' for name, _, _ in sections)
     body = "".join(
-        f'<section id="{name}"><h2>{escape(heading)}</h2>{content}</section>'
-        for name, heading, content in sections
+        f'<section id="{name}"><h2>{escape(heading)}</h2>{content}</section>' for name, heading, content in sections
     )
     title = f"KV-cache eviction on {study.model}"
     tiles = "".join(
-        f'<div class="tile"><span>{escape(name)}</span><b>{escape(value)}</b>'
-        f"<span>{escape(small)}</span></div>"
+        f'<div class="tile"><span>{escape(name)}</span><b>{escape(value)}</b><span>{escape(small)}</span></div>'
         for name, value, small in headline(analysis)
     )
     lines = "".join(f"<li>{escape(line)}</li>" for line in summary(analysis))
@@ -109,9 +107,7 @@ def _table(table: Table) -> str:
             raw = cell.raw if not column.number else cell.value
             known = raw is not None and not (isinstance(raw, float) and math.isnan(raw))
             classes = " ".join(
-                name
-                for name, on in (("text", not column.number), ("loss", cell.loss), ("pin", column.pinned))
-                if on
+                name for name, on in (("text", not column.number), ("loss", cell.loss), ("pin", column.pinned)) if on
             )
             share = f' style="--share:{cell.loss:.3f}"' if cell.loss else ""
             text = f"<b>{escape(cell.text)}</b>" if cell.bold else escape(cell.text)
@@ -224,8 +220,7 @@ def _conditions(analysis: Analysis) -> str:
 
 def _pairs(values: Mapping[str, Sequence[Any]]) -> str:
     rows = "".join(
-        f"<tr><td>{escape(name)}</td>"
-        f"<td><code>{escape(' | '.join(_shown(v) for v in found))}</code></td></tr>"
+        f"<tr><td>{escape(name)}</td><td><code>{escape(' | '.join(_shown(v) for v in found))}</code></td></tr>"
         for name, found in values.items()
     )
     return f"<table><tbody>{rows}</tbody></table>" if rows else '<p class="soft">Not recorded.</p>'

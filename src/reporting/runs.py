@@ -78,9 +78,7 @@ def load_run(folder: Path) -> Run:
     metrics = _json(folder / "metrics.json")
     missing = [name for name in ("policy", "model") if not metrics.get(name)]
     if missing:
-        raise InputError(
-            f"{folder / 'metrics.json'}: lacks {', '.join(missing)}; not a finished run's metrics"
-        )
+        raise InputError(f"{folder / 'metrics.json'}: lacks {', '.join(missing)}; not a finished run's metrics")
     settings = _json(folder / "settings.json", optional=True) or _yaml(folder / "config.yaml")
     environment = _json(folder / "environment.json", optional=True)
     records = {(str(r["task"]), str(r["id"]), str(r["prompt_hash"])): r for r in load_records(folder)}
@@ -143,9 +141,7 @@ def _tell_apart(runs: list[Run]) -> list[Run]:
         for a, b in combinations(range(len(members)), 2):
             if settings[a] == settings[b]:
                 one, other = (runs[members[i]].folder for i in (a, b))
-                raise InputError(
-                    f"{label} at budget {show_budget(budget)} is there twice: {one} and {other}; give one"
-                )
+                raise InputError(f"{label} at budget {show_budget(budget)} is there twice: {one} and {other}; give one")
         names = sorted({k for s in settings for k in s if any(o.get(k) != s[k] for o in settings)})
         for i, s in zip(members, settings, strict=True):
             words = [runs[i].label, *(f"{k}={_plain(s.get(k))}" for k in names)]
@@ -176,11 +172,7 @@ def budget_order(budget: int | float | None) -> tuple[bool, float]:
 
 def _outcome_settings(run: Run) -> dict[str, Any]:
     flattened = flat(run.settings)
-    return {
-        k: v
-        for k, v in flattened.items()
-        if k.split(".")[0] not in NOT_AN_OUTCOME and k.split(".")[0] != "policy"
-    }
+    return {k: v for k, v in flattened.items() if k.split(".")[0] not in NOT_AN_OUTCOME and k.split(".")[0] != "policy"}
 
 
 def _plain(value: Any) -> str:

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from src.report_data import Study
-from src.report_runs import Run
+from src.reporting.data import Study
+from src.reporting.runs import Run
 from src.statistics import RESAMPLES, Array, Interval, bootstrap_intervals, holm, sign_flip_pvalues
 
 CLEAR = 0.05  # a corrected p-value below it is called a clear difference
@@ -84,9 +84,7 @@ def analyse(study: Study, resamples: int = RESAMPLES, seed: int = 0) -> Analysis
     references = (
         [None if run.full else study.full for run in runs],
         [
-            None
-            if run.full or study.baseline in (None, run.label)
-            else study.column(study.baseline, run.budget)
+            None if run.full or study.baseline in (None, run.label) else study.column(study.baseline, run.budget)
             for run in runs
         ],
     )
@@ -95,8 +93,7 @@ def analyse(study: Study, resamples: int = RESAMPLES, seed: int = 0) -> Analysis
     intervals = bootstrap_intervals(together, study.task_of, resamples=resamples, seed=seed)
     pvalues = sign_flip_pvalues(together[:, width:], study.task_of, resamples=resamples, seed=seed)
     differences = [
-        _corrected(intervals[width * (i + 1) : width * (i + 2)], pvalues[width * i : width * (i + 1)])
-        for i in (0, 1)
+        _corrected(intervals[width * (i + 1) : width * (i + 2)], pvalues[width * i : width * (i + 1)]) for i in (0, 1)
     ]
     sampled = Counter((~np.isnan(scores[:, i])).tobytes() for i in range(width))
     usual = sampled.most_common(1)[0][0]

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from src.report_analysis import Analysis, Row
-from src.report_formats import between, number, p_value, signed
-from src.report_runs import show_budget
+from src.reporting.analysis import Analysis, Row
+from src.reporting.formats import between, number, p_value, signed
+from src.reporting.runs import show_budget
 from src.statistics import Interval
 
 FEW = 10  # samples per task below which a task's own score is mostly noise
@@ -76,9 +76,7 @@ def _against_baseline(analysis: Analysis) -> list[str]:
     if not compared:
         return []
     name = analysis.study.baseline
-    better, worse = (
-        [r for r in compared if r.baseline and r.baseline.clear and _sign(r) == s] for s in (1, -1)
-    )
+    better, worse = ([r for r in compared if r.baseline and r.baseline.clear and _sign(r) == s] for s in (1, -1))
     if not better and not worse:
         return [f"No policy differs clearly from {name} at any budget (Holm-corrected p < 0.05)."]
     lines = [
@@ -113,9 +111,7 @@ def _no_clear_loss(analysis: Analysis) -> list[str]:
     smallest = kept[min(range(len(kept)), key=ratio.__getitem__)]
     assert smallest.full is not None
     hidden = -smallest.full.interval.low
-    allowed = (
-        f"its interval still allows a loss of {number(hidden)} points" if hidden > 0 else "it scores higher"
-    )
+    allowed = f"its interval still allows a loss of {number(hidden)} points" if hidden > 0 else "it scores higher"
     return [f"The smallest cache without a clear loss is {smallest.run.cell} ({allowed})."]
 
 
@@ -142,9 +138,7 @@ def _largest_loss(analysis: Analysis) -> list[str]:
 
 def _noise(analysis: Analysis) -> list[str]:
     lines = []
-    differences = [
-        d for r in analysis.budgeted if (d := r.baseline or r.full) and not np.isnan(d.interval.low)
-    ]
+    differences = [d for r in analysis.budgeted if (d := r.baseline or r.full) and not np.isnan(d.interval.low)]
     if differences:
         half = float(np.median([(d.interval.high - d.interval.low) / 2 for d in differences]))
         lines.append(f"A paired difference of averages is known to about ± {number(half)} points (median).")
@@ -170,9 +164,7 @@ def notes(rows: list[Row]) -> list[str]:
     lines = []
     for sentence, figures in found.items():
         everywhere = len(figures) == 1 and len(next(iter(figures.values()))) == len(rows)
-        parts = [
-            figure if everywhere else f"{figure} at {_and(at)}".strip() for figure, at in figures.items()
-        ]
+        parts = [figure if everywhere else f"{figure} at {_and(at)}".strip() for figure, at in figures.items()]
         told = ", ".join(part for part in parts if part)
         lines.append(f"{sentence}: {told}." if told else f"{sentence}.")
     return lines
@@ -191,9 +183,7 @@ def _notes(row: Row) -> list[tuple[str, str]]:
             found.append(("The cache stays within its budget while decoding", ""))
     whole = sum((r.get("kv_bytes") or 0) >= (r.get("kv_bytes_full") or np.inf) for r in records)
     if whole and not run.full:
-        found.append(
-            ("The prompt fitted the budget, so that nothing was evicted, in", f"{whole} {of} samples")
-        )
+        found.append(("The prompt fitted the budget, so that nothing was evicted, in", f"{whole} {of} samples"))
     extra = row.memory("bookkeeping_bytes_mean")
     if extra and after and extra > 0.01 * after:
         found.append(("Bookkeeping besides, in % of the cache's bytes", f"{100 * extra / after:.1f} %"))

@@ -5,9 +5,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from src.report_analysis import Analysis, Difference, Row
-from src.report_formats import Cell, Column, Table, between, number, p_value, signed
-from src.report_runs import show_budget
+from src.reporting.analysis import Analysis, Difference, Row
+from src.reporting.formats import Cell, Column, Table, between, number, p_value, signed
+from src.reporting.runs import show_budget
 from src.statistics import Interval, macro_stderr
 
 DAGGER = "†"
@@ -60,9 +60,7 @@ def scores_table(analysis: Analysis) -> Table:
         cells.append(Cell(number(mean) + mark, mean, bold=id(row) in winners[None], loss=loss))
         rows.append(tuple(cells))
     note = "Scores from 0 to 100; the average weighs every task the same. Bold: best policy at that budget."
-    return Table(
-        "scores", "Scores per task", tuple(columns), tuple(rows), _breaks(analysis), note + _odd(analysis)
-    )
+    return Table("scores", "Scores per task", tuple(columns), tuple(rows), _breaks(analysis), note + _odd(analysis))
 
 
 def tasks_table(analysis: Analysis) -> Table:
@@ -95,9 +93,7 @@ def comparison_table(analysis: Analysis) -> Table:
     against = [("full cache", "full")] if analysis.full else []
     against += [(baseline, "baseline")] if baseline else []
     columns = [POLICY, BUDGET, Column("n", "samples"), Column("average", "95 % interval")]
-    uneven = any(
-        d and d.interval.n != row.average.n for row in analysis.rows for d in (row.full, row.baseline)
-    )
+    uneven = any(d and d.interval.n != row.average.n for row in analysis.rows for d in (row.full, row.baseline))
     for name, _ in against:
         columns += [
             Column(f"Δ {name}", "paired, 95 % interval", key=f"difference to {name}"),
@@ -155,9 +151,7 @@ def fidelity_table(analysis: Analysis) -> Table:
         measured = max((i.n for i in row.fidelity.values()), default=0)
         rows.append((*_heads(row), Cell(str(measured), measured), *cells))
     columns = (POLICY, BUDGET, Column("n", "samples"), *(names[n] for n in present))
-    note = (
-        "Teacher-forced on the reference answer, mean over tasks, 95 % intervals. Lower KL, NLL are better."
-    )
+    note = "Teacher-forced on the reference answer, mean over tasks, 95 % intervals. Lower KL, NLL are better."
     title = "Distance from the full cache"
     return Table("fidelity", title, columns, tuple(rows), _breaks(analysis), note)
 

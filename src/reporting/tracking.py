@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from src.report_analysis import Analysis
-from src.report_formats import Table
+from src.reporting.analysis import Analysis
+from src.reporting.formats import Table
 from src.tracking import Tracking, WandbTracker
 
 
@@ -34,9 +34,7 @@ def _log(tracker: WandbTracker, out: Path, tables: Sequence[Table]) -> None:
 
     values: dict[str, object] = {"samples": 0}
     for table in tables:
-        names: list[str | int] = [
-            f"{c.key or c.name} ({c.note})" if c.note else c.key or c.name for c in table.columns
-        ]
+        names: list[str | int] = [f"{c.key or c.name} ({c.note})" if c.note else c.key or c.name for c in table.columns]
         rows: list[Any] = [[cell.text for cell in row] for row in table.rows]
         values[f"tables/{table.name}"] = wandb.Table(columns=names, data=rows)
     for picture in sorted((out / "figures").glob("*.png")):
