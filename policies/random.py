@@ -34,6 +34,7 @@ class Random(ScorePolicy):
     window: int = 32
     seed: int = 0
     evicts_while_decoding: ClassVar[bool] = True
+    may_refuse: ClassVar[bool] = True  # without a window the incoming token takes its chance like any other
 
     def recent(self, budget: int) -> int:
         return self.window
@@ -46,7 +47,9 @@ class Random(ScorePolicy):
         return priority(self.seed, prompt.layer, positions.expand(prompt.kv_heads, -1))
 
     def evict(self, step: DecodeStep, state: State) -> Tensor:
-        return lowest_slot(priority(self.seed, step.layer, step.positions), self.protect_recent(step))
+        incoming = step.position[:, None, None].expand(*step.positions.shape[:2], 1)
+        positions = torch.cat([step.positions, incoming], dim=-1)
+        return lowest_slot(priority(self.seed, step.layer, positions), positions > incoming - self.window)
 
 
 def priority(seed: int, layer: int, positions: Tensor) -> Tensor:

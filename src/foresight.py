@@ -39,7 +39,7 @@ def foresee(
         answer = job.request.reference if kind == "reference" else generate(job.request)
         if not answer:
             raise InputError(
-                f"policy {name}: answer=reference needs a reference answer, sample {job.request.name} was given none; "
+                f"policy {name}, answer=reference: sample {job.request.name} comes without a reference answer; "
                 "valid: fidelity=true, or answer=generated"
             )
         watch = AnswerPass(scope, len(job.request.ids) + len(answer) - 1)
