@@ -67,7 +67,7 @@ class Policy(ABC):
 
     @property
     def foresees(self) -> Foresight | None:
-        """The answer whose attention to the prompt the policy must know beforehand (`PromptAttention.answer_attention`).
+        """The answer whose attention to the prompt (`PromptAttention.answer_attention`) the policy must know.
 
         Then a run with the full cache comes first. None, as for every policy that could be deployed.
         """

@@ -298,7 +298,7 @@ def test_an_answer_of_one_token_is_foreseen_by_the_row_that_predicted_it(llama: 
 
 def test_oracle_without_a_reference_is_refused(llama: Any) -> None:
     request = Request("qa/3", prompt(40), frozenset(), 4)
-    with pytest.raises(InputError, match="answer=reference.*qa/3.* fidelity=true, or answer=generated"):
+    with pytest.raises(InputError, match=r"answer=reference.*qa/3.* fidelity=true, or answer=generated"):
         list(Engine(llama).run([Job(request, [Variant(Oracle(answer="reference"), 12)])]))
 
 
