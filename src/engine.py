@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from src import attention
 from src.cache import LayerCache
 from src.errors import InputError
 from src.fidelity import FidelityMeter
+from src.foresight import foresee
 from src.jobs import Generation, Job, Request, Variant
 from src.lanes import Cell, Fork, LaneBatch, Pool, Prefill, Rotate
 from src.memory import MemoryMeter, is_out_of_memory
@@ -140,7 +142,7 @@ class Engine:
         cells = [variant.cell(scope) for variant in job.variants]
         if request.reference and not any(isinstance(cell.policy, Full) for cell in cells):
             cells.append(Cell(Full(), scope))  # what the others are compared with
-        prefill = Prefill(cells, self.layers, scope)
+        prefill = Prefill(cells, self.layers, scope, foresee(job, scope, self.model, self._full_answer))
         started = time.perf_counter()
         self.memory.start()
         ids = torch.tensor([request.ids[:scope]], device=self.model.device)
@@ -163,6 +165,12 @@ class Engine:
         if request.reference:
             lanes += fidelity_lanes(lanes, prefill.forks, logits, question)
         return lanes
+
+    def _full_answer(self, request: Request) -> list[int]:
+        """What the full cache answers, for policies that look ahead."""
+        lanes = self._prefill(Job(replace(request, reference=None), [REFERENCE]))
+        list(self._decode(lanes))
+        return lanes[0].result.tokens
 
     def _decode(self, lanes: list[Lane]) -> Iterator[Generation]:
         """All lanes in lockstep until each has finished. A result leaves when all its lanes have."""
