@@ -36,6 +36,15 @@ lint: setup      ## formatting, lint, types
 bench: setup     ## speed and memory, side by side in one process
 	$(BIN)/python -m src.bench
 
+.venv-peers/.done:
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check kvpress==0.5.5 transformers==5.2.0 accelerate
+	touch $@
+
+bench-peers: setup .venv-peers/.done ## the grid against kvpress cell by cell, in one run
+	$(BIN)/python -m src.bench parts=[peers] repeats=3
+
 notebooks: setup ## notebooks/*.py as .ipynb, executed
 	$(BIN)/jupytext --to ipynb --execute notebooks/*.py
 

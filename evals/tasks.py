@@ -114,7 +114,7 @@ def choose_names(suite: str, names: list[str] | None) -> list[str]:
 
 
 def task_names(suite: str) -> list[str]:
-    """The task names of a suite or of a language group (longbench_en, longbench_zh), in the official order."""
+    """The task names of a suite or language group (longbench_en, longbench_zh), in the official order."""
     from evals import longbench, longgenbench, pocket
 
     groups = {

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from src.prompt_attention import PromptAttention
 
 
+Foresight = Literal["generated", "reference"]  # which answer: the full cache's own, or the task's first reference
+
+
 @dataclass
 class State:
     """What a policy remembers about the cached tokens of one layer.
@@ -49,16 +52,26 @@ class Policy(ABC):
         evicts_while_decoding: the cache never holds more than `budget` entries; otherwise it grows by one
             entry per generated token after the prompt was cut to `budget`.
         uses_budget: False for policies whose kept set does not depend on a budget (the full cache).
+        may_refuse: `evict` may turn the incoming token away instead of giving it a slot.
     """
 
     evicts_while_decoding: ClassVar[bool] = False
     uses_budget: ClassVar[bool] = True
+    may_refuse: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check every setting against its annotation; ValueError names the setting and what would be valid."""
         hints = get_type_hints(type(self))
         for setting in fields(self):
             check(setting.name, getattr(self, setting.name), hints[setting.name])
+
+    @property
+    def foresees(self) -> Foresight | None:
+        """The answer whose attention to the prompt (`PromptAttention.answer_attention`) the policy must know.
+
+        Then a run with the full cache comes first. None, as for every policy that could be deployed.
+        """
+        return None
 
     def least_budget(self) -> int:
         """The smallest budget (tokens per layer and KV head) with which the policy makes sense."""
@@ -79,7 +92,10 @@ class Policy(ABC):
         """Fold one decoding step into the state; called at every step, before `evict`."""
 
     def evict(self, step: DecodeStep, state: State) -> Tensor:
-        """The slot that the incoming token takes when the cache is full, `(lanes, kv_heads)`, int64."""
+        """The slot that the incoming token takes when the cache is full, `(lanes, kv_heads)`, int64.
+
+        With `may_refuse`, the number of slots (the incoming token's column) means that it gets none.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not evict while decoding")
 
 

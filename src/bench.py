@@ -5,6 +5,7 @@ Parts (`parts=[prefill,decode,grid,bytes]`, see conf/bench.yaml):
     decode   tokens/s of one lane against the length of the prompt
     grid     all cells from one shared prefill against the same cells one by one
     bytes    cache bytes against the formula, and the peak memory of a sweep
+    peers    the grid against kvpress cell by cell (`make bench-peers` builds its environment and runs this)
 Machines are noisy: what is compared runs in turn, and medians over the turns are reported with their number.
 """
 
@@ -14,6 +15,7 @@ import json
 import logging
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +31,7 @@ from src.environment import environment
 from src.jobs import Generation, Job, Request
 from src.memory import MemoryMeter
 from src.models import LoadedModel, load_model
+from src.peers.compare import Peer, compare
 from src.settings import CellConfig, main
 from src.sweep import grid
 
@@ -142,6 +145,20 @@ class Bench:
             {**shared, "what": name, "seconds_per_prompt": median(taken), "ratio": median(ratios), "runs": len(taken)}
             for name, taken in seconds.items()
         ]
+
+    def peers(self) -> list[Row]:
+        """The grid against kvpress, in turn."""
+        new, tokens, prompts = self.cfg.new_tokens, self.cfg.grid_tokens, self.cfg.grid_prompts
+        jobs = [Job(self.request(self.prompt(tokens, i), new), [c.variant for c in self.cells]) for i in range(prompts)]
+        budgets = [int(b) for b in self.cfg.budgets]
+        with tempfile.TemporaryDirectory() as folder:
+            self.model.save_pretrained(folder)
+            peer = Peer(self.cfg.peer_python, folder)
+            try:
+                ours = lambda: timed(lambda: self.run(jobs, self.cfg.max_lanes)) / prompts  # noqa: E731
+                return compare(peer, ours, list(jobs[0].request.ids), budgets, new, self.cfg.repeats)
+            finally:
+                peer.close()
 
     def bytes(self) -> list[Row]:
         """Cache bytes read off the storages, and what 2 x layers x heads x entries x dimension x size gives."""

@@ -153,10 +153,10 @@ class LayerCache:
         """
         lanes, kv_heads, group, dim = query.shape
         query = (query * scaling).reshape(-1, group, dim)
-        logits = query.new_empty(lanes * kv_heads, group, self.slots + 1)
-        torch.bmm(query, self.keys.flatten(0, 1).transpose(1, 2), out=logits[..., :-1])
-        torch.bmm(query, key.reshape(-1, dim, 1), out=logits[..., -1:])
-        logits = precise(logits.view(lanes, kv_heads, group, -1))
+        # One contiguous product each: a product written into a slice would run batch by batch on a CPU.
+        cached = torch.bmm(query, self.keys.flatten(0, 1).transpose(1, 2))
+        own = torch.bmm(query, key.reshape(-1, dim, 1))
+        logits = precise(torch.cat([cached, own], dim=-1)).view(lanes, kv_heads, group, -1)
         return logits if self.mask is None else logits.add_(self.mask)
 
     def mix(self, weights: Tensor, value: Tensor) -> Tensor:
@@ -188,19 +188,27 @@ class LayerCache:
             return free
         return torch.where(free < self.slots, free, victims)
 
-    def write(self, slot: Tensor, key: Tensor, value: Tensor, position: Tensor) -> None:
+    def write(self, slot: Tensor, key: Tensor, value: Tensor, position: Tensor, may_refuse: bool = False) -> None:
         """Put the incoming token into a slot of every lane and KV head.
 
         Args:
             slot: `(lanes, kv_heads)`, from `place`.
             key, value: `(lanes, kv_heads, head_dim)`.
             position: the token's original position, `(lanes,)`.
+            may_refuse: a slot past the last one means that the token is not stored.
         """
         lane = torch.arange(slot.shape[0], device=slot.device)[:, None]
         at = (lane, torch.arange(slot.shape[1], device=slot.device)[None], slot)
+        where = position[:, None].to(torch.int32)
+        if may_refuse:  # what stands in the last slot is written back
+            stored = slot < self.slots
+            at = (*at[:2], slot.clamp_max(self.slots - 1))
+            key = torch.where(stored[..., None], key, self.keys[at])
+            value = torch.where(stored[..., None], value, self.values[at])
+            where = torch.where(stored, where, self.positions[at])
         self.keys[at] = key
         self.values[at] = value
-        self.positions[at] = position[:, None].to(torch.int32)
+        self.positions[at] = where
         if self.mask is not None:  # a lane that was not full filled one more slot, the same for all its heads
             self.mask[:, 0, 0].scatter_(-1, slot[:, :1], 0.0)  # a Python number: the host does not wait
             self.used = [min(used + 1, self.slots) for used in self.used]

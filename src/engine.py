@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from src import attention
 from src.cache import LayerCache
 from src.errors import InputError
 from src.fidelity import FidelityMeter
+from src.foresight import foresee
 from src.jobs import Generation, Job, Request, Variant
 from src.lanes import Cell, Fork, LaneBatch, Pool, Prefill, Rotate
 from src.memory import MemoryMeter, is_out_of_memory
@@ -140,15 +142,14 @@ class Engine:
         cells = [variant.cell(scope) for variant in job.variants]
         if request.reference and not any(isinstance(cell.policy, Full) for cell in cells):
             cells.append(Cell(Full(), scope))  # what the others are compared with
-        prefill = Prefill(cells, self.layers, scope)
+        prefill = Prefill(cells, self.layers, scope, foresee(job, scope, self.model, self._full_answer))
         started = time.perf_counter()
-        with self.memory.phase("prefill"):
-            ids = torch.tensor([request.ids[:scope]], device=self.model.device)
-            positions = torch.arange(scope, device=ids.device)[None]
-            logits = self.model(ids, position_ids=positions, use_cache=False, logits_to_keep=1, lanes=prefill).logits[
-                :, -1
-            ]
-            token = int(choose(logits.clone(), [(request, 0)])[0])  # fidelity needs them unchanged
+        self.memory.start()
+        ids = torch.tensor([request.ids[:scope]], device=self.model.device)
+        positions = torch.arange(scope, device=ids.device)[None]
+        logits = self.model(ids, position_ids=positions, use_cache=False, logits_to_keep=1, lanes=prefill).logits[:, -1]
+        token = int(choose(logits.clone(), [(request, 0)])[0])  # fidelity needs them unchanged
+        self.memory.stop("prefill")
         seconds = time.perf_counter() - started
         if token < 0:
             self._refuse_nan(request, prefill.forks[0].caches, 0, "the prompt")
@@ -165,8 +166,15 @@ class Engine:
             lanes += fidelity_lanes(lanes, prefill.forks, logits, question)
         return lanes
 
+    def _full_answer(self, request: Request) -> list[int]:
+        """What the full cache answers, for policies that look ahead."""
+        lanes = self._prefill(Job(replace(request, reference=None), [REFERENCE]))
+        list(self._decode(lanes))
+        return lanes[0].result.tokens
+
     def _decode(self, lanes: list[Lane]) -> Iterator[Generation]:
         """All lanes in lockstep until each has finished. A result leaves when all its lanes have."""
+        self.memory.start()
         batch, lanes = arrange(lanes, self.rotary.turn)
         meter = FidelityMeter(len(lanes), self.layers, self.model.device)
         measured = {id(lane): i for i, lane in enumerate(lanes)}
@@ -192,6 +200,7 @@ class Engine:
                 batch.select(keep)
                 lanes = [lanes[row] for row in keep]
             if not lanes:
+                self.memory.stop("decode")
                 return
             self._step(batch, lanes, meter, measured)
 
@@ -204,15 +213,16 @@ class Engine:
             row_of = {id(lane): row for row, lane in enumerate(lanes)}
             full = [row_of[id(lanes[row].full or lanes[row])] for row in rows]
             meter.begin(rows, full, [measured[id(lanes[row])] for row in rows])
-        with self.memory.phase("decode"):
-            where = [lane.position for lane in lanes]
-            batch.position = torch.tensor(where, device=self.model.device)
-            batch.longest = max(where) + 1
-            ids = torch.tensor([[lane.next_input()] for lane in lanes], device=self.model.device)
-            logits = self.model(ids, position_ids=batch.position[:, None], use_cache=False, lanes=batch).logits[:, -1]
-            batch.t += 1
-            meter.watch_logits(logits, [targets[row] for row in rows])
-            chosen = choose(logits, [(lane.result.request, len(lane.result.tokens)) for lane in lanes]).tolist()
+        where = [lane.position for lane in lanes]
+        batch.position = torch.tensor(where, device=self.model.device, dtype=torch.int32)
+        batch.longest = max(where) + 1
+        ids = torch.tensor([[lane.next_input()] for lane in lanes], device=self.model.device)
+        logits = self.model(ids, position_ids=batch.position[:, None].long(), use_cache=False, lanes=batch).logits[
+            :, -1
+        ]
+        batch.t += 1
+        meter.watch_logits(logits, [targets[row] for row in rows])
+        chosen = choose(logits, [(lane.result.request, len(lane.result.tokens)) for lane in lanes]).tolist()
         share = (time.perf_counter() - started) / len(lanes)
         for row, (lane, token) in enumerate(zip(lanes, chosen, strict=True)):
             if token < 0:

@@ -142,8 +142,11 @@ class composing:
         GlobalHydra.instance().hydra = self._before
 
 
-def policy_config(spec: str | Mapping[str, Any]) -> DictConfig:
+def policy_config(spec: str | Mapping[str, Any], seed: int = 0) -> DictConfig:
     """`snapkv` or `{name: snapkv, kernel: 1}` as the composed config of that policy.
+
+    Args:
+        seed: the run's, for policies that draw random numbers.
 
     Raises:
         InputError: an unknown policy or option; the valid ones are named.
@@ -152,7 +155,7 @@ def policy_config(spec: str | Mapping[str, Any]) -> DictConfig:
     name = options.pop("name", None)
     if name is None:
         raise InputError(f"policies: {spec} has no name; valid: a policy's name or {{name: ..., option: value}}")
-    overrides = [f"policy={name}"]
+    overrides = [f"policy={name}", f"seed={seed}"]
     if HydraConfig.initialized():  # a folder of the user's own policies
         sources = HydraConfig.get().runtime.config_sources
         extra = [f"{s.schema}://{s.path}" for s in sources if s.provider not in ("hydra", "main", "schema")]

@@ -82,3 +82,9 @@ def test_a_class_that_is_no_policy(base: list[str], mine: Path, monkeypatch: pyt
         yaml.write_text(f"name: broken\n_target_: {target}\n")
         done = call("run", "--config-dir", str(mine / "conf"), *base, "policy=broken")
         assert done.code == 2 and said in done.err and len(done.err.splitlines()) == 1, done.err
+
+
+def test_the_readme_shows_these_files() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for path in ("key_norm.py", "conf/policy/key_norm.yaml"):
+        assert (SOURCE / path).read_text() in readme

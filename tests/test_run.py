@@ -207,7 +207,9 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, owner: type, method: str, times: 
     monkeypatch.setattr(owner, method, wrapped)
 
 
-def test_ctrl_c_finishes_the_samples_in_flight(base: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_ctrl_c_finishes_the_samples_in_flight(
+    base: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     arguments = [*base, "policy=h2o", "budget=40", "limit=5", "lanes=2"]
     undisturbed = predictions(call("run", *arguments, f"output_root={tmp_path / 'other'}").folder)
     with monkeypatch.context() as patch:
@@ -269,7 +271,11 @@ def test_multirun_loads_the_model_once(base: list[str], monkeypatch: pytest.Monk
     session.loaded.cache_clear()
     done = call("run", "-m", *base, "policy=snapkv,h2o", "budget=20,40")
     assert len(calls) == 1
-    assert sorted(name.rpartition("-")[0] for name in folders(tmp_path / "results")) == ["h2o-20", "h2o-40", "snapkv-40"]
+    assert sorted(name.rpartition("-")[0] for name in folders(tmp_path / "results")) == [
+        "h2o-20",
+        "h2o-40",
+        "snapkv-40",
+    ]
     errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
     assert done.code == 2 and len(errors) == 1  # the worst of all jobs; the others have finished
     assert "budget=20" in errors[0] and "policy=snapkv" in errors[0] and "33" in errors[0]
