@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from evals.metrics import extra_scores, score_sample
 from evals.prompts import Prompt, encode
 from evals.tasks import Sample, load_samples
+from src.cluster import distributed
 from src.engine import Engine
 from src.environment import environment
 from src.errors import InputError
@@ -79,6 +80,11 @@ class Session:
             raise InputError(f"prompt_scope={cfg.prompt_scope}: valid: {', '.join(SCOPES)}")
         if lanes < 1:
             raise InputError(f"lanes={lanes}: valid: 1 or more")
+        if cfg.overwrite and distributed():
+            raise InputError(
+                "overwrite=true: jobs of a cluster may share a results folder and would delete each other's; "
+                "valid: false, or move the old results away"
+            )
         tasks = OmegaConf.to_container(cfg.tasks, resolve=True)
         assert isinstance(tasks, dict)
         options = {str(k): v for k, v in tasks.items() if k not in ("suite", "names", "data_dir")}
@@ -156,6 +162,7 @@ class Session:
             environment(str(self.model.device)),
             retention=self.cfg.retention,
             overwrite=self.cfg.overwrite,
+            shared=distributed(),
         )
         flat = {"settings": settings, "tasks": OmegaConf.to_container(self.cfg.tasks, resolve=True)}
         name = f"{self.model.name} {cell.label} {budget_name(cell)}"
