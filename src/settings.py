@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from evals.errors import DataError
 from evals.tasks import task_names
 from policies.base import Policy
+from src.cluster import EXTRAS, Outcome, distributed, report, run_job
 from src.errors import InputError
 from src.help import register_help
 from src.jobs import Variant
@@ -60,6 +61,7 @@ def main(config_name: str, job: Callable[[DictConfig], int]) -> int:
     register_help()
     codes: list[int] = []
 
+<<<<<<< HEAD
     def collect(cfg: DictConfig) -> int:
         several = HydraConfig.get().mode == RunMode.MULTIRUN
         which = f"job {HydraConfig.get().job.override_dirname}: " if several else ""
@@ -73,13 +75,29 @@ def main(config_name: str, job: Callable[[DictConfig], int]) -> int:
             raise KeyboardInterrupt  # ends the jobs that were to follow, too
         if several and codes[-1] == 1:
             print(f"{which}some samples failed", file=sys.stderr)
+=======
+    def collect(cfg: DictConfig) -> int | Outcome:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            outcome = run_job(job, cfg)
+            if distributed():
+                return outcome  # to the launcher, in the process that the user started
+            codes.append(report([HydraConfig.get().job.override_dirname.replace(",", " ")], outcome))
+        else:
+            try:
+                codes.append(job(cfg))
+            except (InputError, DataError) as error:
+                codes.append(complain(str(error)))
+>>>>>>> cluster
         return codes[-1]
 
     collect.__module__, collect.__qualname__ = job.__module__, job.__qualname__
+    collect.codes = codes  # type: ignore[attr-defined]  # where a launcher of hydra_plugins/ adds its jobs' codes
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(collect)()
     except (HydraException, OmegaConfBaseException) as error:
         return complain(explain(error, config_name, sys.argv[1:]))
+    except InputError as error:  # of a launch
+        return complain(str(error))
     except KeyboardInterrupt:
         return INTERRUPTED
     return max(codes, default=0)
@@ -103,6 +121,8 @@ def register_tasks() -> None:
 def explain(error: Exception, config_name: str, arguments: list[str]) -> str:
     """Hydra's message as one line: the setting, its value and what would be valid."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        if extra := EXTRAS.get(str(error.missing_cfg_file)):
+            return f"cluster={extra}: its launcher is not installed; install it with: pip install '.[{extra}]'"
         group, _, value = str(error.missing_cfg_file).rpartition("/")
         if group == "hydra/launcher" and value in EXTRAS:
             return f"hydra/launcher={value}: its package is missing; `pip install '.[{EXTRAS[value]}]'` brings it"
@@ -121,9 +141,9 @@ def explain(error: Exception, config_name: str, arguments: list[str]) -> str:
 
 def valid_keys(config_name: str, parent: str, arguments: list[str]) -> str:
     """The settings beside a misspelt one: the config without the dotted overrides."""
-    groups = [a for a in arguments if re.fullmatch(r"(policy|model|tasks|experiment)=[^,\[{]+", a)]
+    groups = [a for a in arguments if re.fullmatch(r"(policy|model|tasks|experiment|cluster)=[^,\[{]+", a)]
     with composing():
-        cfg = compose(config_name, overrides=groups)
+        cfg = compose(config_name, overrides=groups, return_hydra_config=parent.startswith("hydra"))
     node = OmegaConf.select(cfg, parent) if parent else cfg
     keys = [str(k) for k in node if not str(k).startswith("_")] if isinstance(node, DictConfig) else []
     return ", ".join(sorted(keys)) or "none"

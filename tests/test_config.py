@@ -15,7 +15,9 @@ from src import settings
 from src.checks import check_settings
 
 CONF = settings.CONF
-NAMES = {group: sorted(p.stem for p in (CONF / group).glob("*.yaml") if p.stem[0] != "_") for group in ("policy", "model")}
+NAMES = {
+    group: sorted(p.stem for p in (CONF / group).glob("*.yaml") if p.stem[0] != "_") for group in ("policy", "model")
+}
 UNEXPLAINED = {"name", "_target_", "defaults"}  # what a file is; its headline says so
 
 
@@ -110,7 +112,10 @@ def test_help(entry: str) -> None:
     for name in [*NAMES["policy"], *NAMES["model"], *task_names("longbench"), *task_names("pocket")]:
         assert name in words, name
     assert "_base" not in words
-    top = [*yaml.safe_load((CONF / "common.yaml").read_text()), *yaml.safe_load((CONF / f"{ENTRY[entry]}.yaml").read_text())]
+    top = [
+        *yaml.safe_load((CONF / "common.yaml").read_text()),
+        *yaml.safe_load((CONF / f"{ENTRY[entry]}.yaml").read_text()),
+    ]
     for key in set(top) - {"hydra", "defaults"}:
         line = next(line for line in shown.out.splitlines() if line.startswith(f"  {key}:"))
         assert "#" in line, line
