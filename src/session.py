@@ -22,6 +22,7 @@ from evals.tasks import Sample, load_samples
 from src.cluster import distributed
 from src.engine import Engine
 from src.environment import environment
+from src.errors import InputError
 from src.jobs import Job
 from src.models import LoadedModel, load_model
 from src.progress import Progress
@@ -60,26 +61,13 @@ class Session:
 
     def __init__(self, cfg: DictConfig, cells: Sequence[CellConfig], lanes: int) -> None:
         self.cfg = cfg
-<<<<<<< HEAD
-        self.samples = self._samples()
-        tracking = Tracking(**cfg.wandb)
-=======
-        if cfg.prompt_scope not in SCOPES:
-            raise InputError(f"prompt_scope={cfg.prompt_scope}: valid: {', '.join(SCOPES)}")
-        if lanes < 1:
-            raise InputError(f"lanes={lanes}: valid: 1 or more")
         if cfg.overwrite and distributed():
             raise InputError(
                 "overwrite=true: jobs of a cluster may share a results folder and would delete each other's; "
                 "valid: false, or move the old results away"
             )
-        tasks = OmegaConf.to_container(cfg.tasks, resolve=True)
-        assert isinstance(tasks, dict)
-        options = {str(k): v for k, v in tasks.items() if k not in ("suite", "names", "data_dir")}
-        self.samples = load_samples(tasks["suite"], tasks["names"], cfg.limit, tasks["data_dir"], cfg.seed, **options)
-        if cfg.fidelity:
-            refuse_missing_references(self.samples)
->>>>>>> cluster
+        self.samples = self._samples()
+        tracking = Tracking(**cfg.wandb)
         self.model = loaded(json.dumps(OmegaConf.to_container(cfg.model, resolve=True), sort_keys=True))
         self.engine = Engine(self.model.model, lanes)
         self.interrupted = False

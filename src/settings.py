@@ -32,7 +32,6 @@ from src.jobs import Variant
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 SUITES = ("pocket", "longbench", "longgenbench")
-EXTRAS = {"submitit_slurm": "slurm", "submitit_local": "slurm", "ray": "ray", "ray_aws": "ray"}  # launcher -> extra
 INTERRUPTED = 130  # the exit code of whatever Ctrl-C has ended
 
 
@@ -61,21 +60,6 @@ def main(config_name: str, job: Callable[[DictConfig], int]) -> int:
     register_help()
     codes: list[int] = []
 
-<<<<<<< HEAD
-    def collect(cfg: DictConfig) -> int:
-        several = HydraConfig.get().mode == RunMode.MULTIRUN
-        which = f"job {HydraConfig.get().job.override_dirname}: " if several else ""
-        try:
-            codes.append(job(cfg))
-        except (InputError, DataError) as error:
-            codes.append(complain(which + str(error)))
-        except OmegaConfBaseException as error:
-            codes.append(complain(which + explain(error, config_name, sys.argv[1:])))
-        if codes[-1] == INTERRUPTED:
-            raise KeyboardInterrupt  # ends the jobs that were to follow, too
-        if several and codes[-1] == 1:
-            print(f"{which}some samples failed", file=sys.stderr)
-=======
     def collect(cfg: DictConfig) -> int | Outcome:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             outcome = run_job(job, cfg)
@@ -87,7 +71,10 @@ def main(config_name: str, job: Callable[[DictConfig], int]) -> int:
                 codes.append(job(cfg))
             except (InputError, DataError) as error:
                 codes.append(complain(str(error)))
->>>>>>> cluster
+            except OmegaConfBaseException as error:
+                codes.append(complain(explain(error, config_name, sys.argv[1:])))
+        if codes[-1] == INTERRUPTED:
+            raise KeyboardInterrupt  # ends the jobs that were to follow, too
         return codes[-1]
 
     collect.__module__, collect.__qualname__ = job.__module__, job.__qualname__
@@ -124,8 +111,6 @@ def explain(error: Exception, config_name: str, arguments: list[str]) -> str:
         if extra := EXTRAS.get(str(error.missing_cfg_file)):
             return f"cluster={extra}: its launcher is not installed; install it with: pip install '.[{extra}]'"
         group, _, value = str(error.missing_cfg_file).rpartition("/")
-        if group == "hydra/launcher" and value in EXTRAS:
-            return f"hydra/launcher={value}: its package is missing; `pip install '.[{EXTRAS[value]}]'` brings it"
         valid = ", ".join(sorted(o for o in error.options or [] if not o.startswith("_")))
         return f"{group or 'config'}={value}: no such configuration; valid: {valid}"
     cause = error.__cause__ or error
