@@ -46,9 +46,9 @@ def lanes_attention(
     if lanes is None:
         raise InputError(f"attention implementation {NAME!r} needs lanes=...; valid: use src.engine.Engine")
     if softcap is not None:
-        raise InputError(f"model: {name} caps its attention logits (softcap={softcap}), which is not supported")
+        raise InputError(f"model: {name} caps its attention logits (softcap={softcap}); valid: a model without")
     if kwargs.get("s_aux") is not None:
-        raise InputError(f"model: {name} has learned attention sinks, which are not supported")
+        raise InputError(f"model: {name} has learned attention sinks; valid: a model without")
     if sliding_window is not None and lanes.longest > sliding_window:
         raise InputError(
             f"model: {name} attends within sliding_window={sliding_window} tokens, the text has "

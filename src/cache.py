@@ -167,7 +167,7 @@ class LayerCache:
 
     def ensure_room(self) -> int:
         """Grow if a lane that may still grow has no free slot; returns how many slots were added."""
-        if self.full or max(self.used) < self.slots:
+        if self.slots == self.limit or max(self.used) < self.slots:
             return 0
         slots = self.slots + GROW if self.limit is None else min(self.limit, self.slots + GROW)
         added = slots - self.slots
@@ -202,7 +202,7 @@ class LayerCache:
         self.values[at] = value
         self.positions[at] = position[:, None].to(torch.int32)
         if self.mask is not None:  # a lane that was not full filled one more slot, the same for all its heads
-            self.mask[lane[:, 0], 0, 0, slot[:, 0]] = 0
+            self.mask[:, 0, 0].scatter_(-1, slot[:, :1], 0.0)  # a Python number: the host does not wait
             self.used = [min(used + 1, self.slots) for used in self.used]
             self.filled = (self.filled + 1).clamp_(max=self.slots)
             if all(used == self.slots for used in self.used):

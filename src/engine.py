@@ -42,7 +42,7 @@ class Lane:
         self.start = self.position = fork.length
         self.done = False
         self.first_nll: float | None = None
-        self.full: Lane = self  # a fidelity lane's counterpart with the full cache
+        self.full: Lane | None = None  # a fidelity lane's counterpart with the full cache; None: itself
 
     def next_input(self) -> int:
         fed = self.position - self.start
@@ -200,7 +200,7 @@ class Engine:
         rows = [row for row, target in enumerate(targets) if target >= 0]
         if batch.watch is not None:
             row_of = {id(lane): row for row, lane in enumerate(lanes)}
-            full = [row_of[id(lanes[row].full)] for row in rows]
+            full = [row_of[id(lanes[row].full or lanes[row])] for row in rows]
             meter.begin(rows, full, [measured[id(lanes[row])] for row in rows])
         with self.memory.phase("decode"):
             where = [lane.position for lane in lanes]
@@ -254,7 +254,9 @@ def fidelity_lanes(lanes: list[Lane], forks: list[Fork], logits: Tensor, questio
     full = Lane(full_result, full_fork, feed, targets)
     extra = [full] + [Lane(lane.result, lane.fork, feed, targets) for lane in lanes if lane.fork is not full_fork]
     for lane in extra:
-        lane.full, lane.first_nll, lane.done = full, first, not feed
+        lane.first_nll, lane.done = first, not feed
+    for lane in extra[1:]:
+        lane.full = full
     return extra
 
 

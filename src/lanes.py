@@ -98,9 +98,12 @@ class Pool:
     def __init__(self, forks: Sequence[Fork], rows: int) -> None:
         self.row = rows
         layers = range(len(forks[0].caches))
-        self.caches = [LayerCache.stack([f.caches[layer] for f in forks]) for layer in layers]
-        for fork in forks:
-            fork.caches = []  # the pool holds the lanes now
+        self.caches: list[LayerCache] = []
+        distinct = {id(fork): fork for fork in forks}.values()  # a fidelity lane shares its fork
+        for _ in layers:  # one layer after the other, so that at most one is in memory twice
+            self.caches.append(LayerCache.stack([fork.caches[0] for fork in forks]))
+            for fork in distinct:
+                del fork.caches[0]
         self.members: list[Member] = []
         start = 0
         while start < len(forks):
@@ -112,6 +115,8 @@ class Pool:
             ]
             self.members.append(Member(forks[start].cell, start, stop, states))
             start = stop
+        for fork in distinct:
+            fork.states = []  # the pool holds the lanes now
 
     @property
     def lanes(self) -> int:
