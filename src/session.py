@@ -145,7 +145,7 @@ class Session:
 
     def _open(self, cell: CellConfig, tracking: Tracking) -> Cell:
         settings = self._settings(cell)
-        path = run_path(self.cfg.output_root, self.model.name, cell.label, budget_name(cell), settings)
+        path = run_path(self.cfg.output_root, self.model.name, cell.label, cell.budget_name, settings)
         grid = ("policies", "budgets", "max_lanes")  # a cell's config does not depend on the grid it was part of
         config = {k: v for k, v in self.cfg.items() if k not in grid}
         config |= {"policy": cell.settings, "budget": cell.budget}
@@ -158,7 +158,7 @@ class Session:
             overwrite=self.cfg.overwrite,
         )
         flat = {"settings": settings, "tasks": OmegaConf.to_container(self.cfg.tasks, resolve=True)}
-        name = f"{self.model.name} {cell.label} {budget_name(cell)}"
+        name = f"{self.model.name} {cell.label} {cell.budget_name}"
         return Cell(cell, folder, tracking.start(path, flat, name, done=len(folder.records)))
 
     def _settings(self, cell: CellConfig) -> dict[str, Any]:
@@ -289,10 +289,6 @@ def entries(kept: Sequence[Any]) -> int | list[int]:
     """Entries per KV head: one number when all layers hold equally many."""
     counts = [int(layer.shape[-1]) for layer in kept]
     return counts[0] if len(set(counts)) == 1 else counts
-
-
-def budget_name(cell: CellConfig) -> int | float | str:
-    return "all" if cell.budget is None else cell.budget
 
 
 def refuse_missing_references(samples: Sequence[Sample]) -> None:
