@@ -1,9 +1,10 @@
 """LongBench (v1): 21 tasks by the official protocol.
 
-Prompts and generation lengths are read from the benchmark's own `dataset2prompt.json` and `dataset2maxlen.json`.
-The hub's repository has only the rows (data.zip); those two files live in the GitHub repository, so a download takes
-them from there, at one fixed commit. What the project itself holds is only what the official *code* fixes: the metric
-of each task, which tasks go without the chat template, and which are scored on the first line.
+Prompts and generation lengths are read from the benchmark's own `dataset2prompt.json` and
+`dataset2maxlen.json`. The hub's repository has only the rows (data.zip); those two files live in the GitHub
+repository, so a download takes them from there, at one fixed commit. What the project itself holds is only
+what the official *code* fixes: the metric of each task, which tasks go without the chat template, and which
+are scored on the first line.
 """
 
 import os
@@ -66,7 +67,7 @@ def load(
     hub_repo: str = HUB_REPO,
     hub_revision: str = "main",
 ) -> list[Sample]:
-    """The samples of the named tasks. Nothing is downloaded where data_dir (or LONGBENCH_DIR) holds all files."""
+    """The samples of the named tasks. Nothing is downloaded if data_dir (or LONGBENCH_DIR) has all."""
     place = data_dir or os.environ.get("LONGBENCH_DIR")
     root = Path(place).expanduser() if place else None
     if root is not None and not root.is_dir():

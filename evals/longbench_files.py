@@ -15,7 +15,7 @@ from evals.errors import DataError
 
 HUB_REPO = "zai-org/LongBench"  # formerly THUDM/LongBench
 ARCHIVE = "data.zip"
-# The GitHub repository's last commit (January 2025). A fixed commit: prompts must not change under a comparison.
+# The GitHub repository in January 2025. A fixed commit: prompts must not change under a comparison.
 COMMIT = "2e00731f8d0bff23dc4325161044d0ed8af94c1e"
 CONFIG_URL = f"https://raw.githubusercontent.com/THUDM/LongBench/{COMMIT}/LongBench/config"
 PROMPTS, LENGTHS = "dataset2prompt.json", "dataset2maxlen.json"
@@ -35,13 +35,13 @@ def row_folder(root: Path | None, hub_repo: str, revision: str) -> Path:
     if root is not None:
         return root / "data"
     archive = download_archive(hub_repo, revision)
-    # The hub's cache keeps a file under its commit, so a new revision is unpacked afresh and never mixed with another.
+    # The hub's cache keeps a file under its commit, so another revision is unpacked beside this one.
     name = re.sub(r"[^\w.-]", "_", f"{hub_repo}-{archive.parent.name}")
     return unpack(archive, cache_folder() / name) / "data"
 
 
 def download_archive(hub_repo: str, revision: str) -> Path:
-    """data.zip, downloaded once by huggingface_hub (which honours HF_ENDPOINT, HF_HUB_OFFLINE and its own cache)."""
+    """data.zip, downloaded once by huggingface_hub (which honours HF_ENDPOINT and HF_HUB_OFFLINE)."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -49,14 +49,14 @@ def download_archive(hub_repo: str, revision: str) -> Path:
         return Path(hf_hub_download(hub_repo, ARCHIVE, repo_type="dataset", revision=revision))
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         raise DataError(
-            f"LongBench rows: {ARCHIVE} of {hub_repo} could not be fetched ({one_line(error)}). With network run "
-            f"`hf download {hub_repo} {ARCHIVE} --repo-type dataset`, or set tasks.data_dir (or LONGBENCH_DIR) to a "
-            "folder with data/<task>.jsonl and config/*.json"
+            f"LongBench rows: {ARCHIVE} of {hub_repo} could not be fetched ({one_line(error)}). With network "
+            f"run `hf download {hub_repo} {ARCHIVE} --repo-type dataset`, or set tasks.data_dir (or "
+            "LONGBENCH_DIR) to a folder with data/<task>.jsonl and config/*.json"
         ) from None
 
 
 def unpack(archive: Path, target: Path) -> Path:
-    """Unpack data/*.jsonl of the archive, all or nothing: a killed unpacking leaves no folder that looks whole.
+    """Unpack data/*.jsonl of the archive, all or nothing: a killed one leaves no folder that looks whole.
 
     Only plain names in `data/` are written; an archive that names a path outside of itself is refused.
     """
@@ -89,7 +89,7 @@ def unpack(archive: Path, target: Path) -> Path:
 
 
 def config_files(root: Path | None, config_dir: str | None, url: str) -> tuple[dict[str, str], dict[str, int]]:
-    """Prompt formats and generation lengths: from config_dir, else `config` in the data folder, else from the URL."""
+    """Prompts and lengths: from config_dir, else `config` in the data folder, else from the URL."""
     if config_dir:
         folder = Path(config_dir).expanduser()
     elif root is not None and (root / "config" / PROMPTS).is_file():
@@ -142,8 +142,8 @@ def read_table(path: Path, kind: type) -> dict[str, Any]:
         table = json.loads(path.read_bytes())
     except OSError:
         raise DataError(
-            f"{path}: missing. It is one of LongBench's own config files ({CONFIG_URL}/{path.name}); put it there or "
-            f"set tasks.config_dir to a folder with {PROMPTS} and {LENGTHS}"
+            f"{path}: missing. It is one of LongBench's own files ({CONFIG_URL}/{path.name}); put it there "
+            f"or set tasks.config_dir to a folder with {PROMPTS} and {LENGTHS}"
         ) from None
     except ValueError as error:
         raise DataError(f"{path}: broken JSON ({one_line(error)})") from None

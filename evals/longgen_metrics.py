@@ -1,15 +1,15 @@
 """LongGenBench: one prediction answers K questions, and the references are those K answers, in order.
 
-`official` is the scorer of the reference code: it collects what looks like an answer, in the order of appearance,
-and compares the i-th with the i-th reference. One skipped, repeated or unreadable answer shifts all that follow.
-`by_number` is the corrected scorer, reported beside it: "Answer_17" is compared with question 17, an answer ends
-where the next begins, and "$1,200" is the number 1200 on both sides.
+`official` is the scorer of the reference code: it collects what looks like an answer, in the order of
+appearance, and compares the i-th with the i-th reference. One skipped, repeated or unreadable answer shifts
+all that follow. `by_number` is the corrected scorer, reported beside it: "Answer_17" is compared with
+question 17, an answer ends where the next begins, and "$1,200" is the number 1200 on both sides.
 """
 
 import re
 from collections.abc import Sequence
 
-# metric name -> how many worked examples the prompt shows first; the first question to answer has the next number.
+# metric name -> how many worked examples the prompt shows; the first question has the next number.
 KINDS = {"longgen_number_score": 8, "longgen_choice_score": 5}
 
 OFFICIAL_NUMBER = re.compile(r"Answer_\d+:\s*.*?answer is (\d+)", re.DOTALL)

@@ -1,16 +1,19 @@
-"""LongGenBench in the form SCOPE (arXiv 2412.13649) evaluates it: K questions answered in one long generation.
+"""LongGenBench in the form SCOPE (arXiv 2412.13649) evaluates it: K questions, one long generation.
 
 Files: gsm8k_30, gsm8k_60, mmlu_30, mmlu_60, csqa_40, csqa_80 of github.com/Linking-ai/SCOPE, folder
 data/LongGenBench (MIT). They are never part of this project. The protocol is that repository's runner:
 
-- the prompt is its instruction inside "<<SYS>>" marks, a blank line, then the row's own text (worked examples and
-  questions); no chat template. The runner means to add the subject to the MMLU instruction, but fills the text in
-  before it does so: the published predictions were made without a subject, and so is this prompt;
-- greedy, at least one new token, end only at the end-of-sequence token or after 4,096 new tokens (K = 30) or 7,950
-  (all others: also csqa_40, because K is no longer 30 when CSQA's turn comes);
-- of MMLU, rows 21, 30, 31 and 48 are left out (they did not fit the authors' GPU). `reference_rows=false` keeps them.
+- the prompt is its instruction inside "<<SYS>>" marks, a blank line, then the row's own text (worked
+  examples and questions); no chat template. The runner means to add the subject to the MMLU instruction,
+  but fills the text in before it does so: the published predictions were made without a subject, and so is
+  this prompt;
+- greedy, at least one new token, end only at the end-of-sequence token or after 4,096 new tokens (K = 30)
+  or 7,950 (all others: also csqa_40, because K is no longer 30 when CSQA's turn comes);
+- of MMLU, rows 21, 30, 31 and 48 are left out (they did not fit the authors' GPU). `reference_rows=false`
+  keeps them.
 
-The context ends before "Following Question": what a policy with prompt_scope=context compresses are the examples.
+The context ends before "Following Question": what a policy with prompt_scope=context compresses are the
+examples.
 """
 
 import re
@@ -96,6 +99,6 @@ def split(prompt: str) -> tuple[str, str]:
 
 
 def first_number(task: Task, text: str) -> int:
-    """The number the prompt gives its first question to answer (the worked examples have the numbers before it)."""
+    """The number of the first question to answer (the worked examples have the numbers before it)."""
     found = re.search(QUESTIONS_BEGIN + r".{0,20}?Question_(\d+)", text, re.DOTALL)
     return int(found.group(1)) if found else KINDS[task.metric] + 1

@@ -1,9 +1,10 @@
 """The official LongBench metrics, and what is reported beside them.
 
-Published numbers can only be compared when every oddity of the official scorer is kept, so the oddities are kept:
-an element is dropped from a list while the list is walked (`classification_score`), the code metric is an integer
-per cent, ROUGE is the `rouge` package 1.0.1 (0.3.2 gives other numbers). Each metric takes one prediction and one
-reference and returns 0..1; `score_sample` takes the best over the references, in per cent.
+Published numbers can only be compared when every oddity of the official scorer is kept, so the oddities are
+kept: an element is dropped from a list while the list is walked (`classification_score`), the code metric
+is an integer per cent, ROUGE is the `rouge` package 1.0.1 (0.3.2 gives other numbers). Each metric takes
+one prediction and one reference and returns 0..1; `score_sample` takes the best over the references, in per
+cent.
 """
 
 import difflib
@@ -26,7 +27,10 @@ EDIT_SIMILARITIES = ("levenshtein", "difflib")
 ROUGE_EXTRAS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 # The CJK punctuation that the official Chinese F1 removes, beside ASCII's.
-CJK_PUNCTUATION = "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏."
+CJK_PUNCTUATION = (
+    "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣"
+    "､、〃》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏."
+)
 DROP_ASCII = str.maketrans("", "", string.punctuation)
 DROP_ASCII_AND_CJK = str.maketrans("", "", string.punctuation + CJK_PUNCTUATION)
 
@@ -103,8 +107,9 @@ def paragraph_number(reference: str, word: str) -> str:
 def classification_score(prediction: str, reference: str, all_classes: Sequence[str] = ()) -> float:
     """1 / (class names found in the prediction) if the right one is among them.
 
-    Names that are only a part of the right name are removed, but from the list that is being walked, so the name
-    after a removed one is never looked at. That is the official behaviour and published scores contain it.
+    Names that are only a part of the right name are removed, but from the list that is being walked, so the
+    name after a removed one is never looked at. That is the official behaviour and published scores contain
+    it.
     """
     found = [name for name in all_classes if name in prediction]
     for name in found:
@@ -160,7 +165,8 @@ def score_sample(
 ) -> float:
     """The official score of one prediction, 0..100, not rounded: the best over the references.
 
-    The mean over a task's samples, rounded to two places, is the published number (LongGenBench: four places).
+    The mean over a task's samples, rounded to two places, is the published number (LongGenBench: four
+    places).
     """
     return 100 * unit_score(task, prediction, answers, all_classes, edit_similarity)
 
@@ -188,8 +194,8 @@ def unit_score(
 def extra_scores(task: Task, prediction: str, answers: Sequence[str]) -> dict[str, float]:
     """What is reported beside the official score, 0..100; empty for most tasks.
 
-    English summaries: rouge1, rouge2, rougeL and rougeLsum of Google's `rouge-score` (with stemming, as usual in
-    papers). Chinese has none: that package keeps only a-z and 0-9. LongGenBench: `by_number`.
+    English summaries: rouge1, rouge2, rougeL and rougeLsum of Google's `rouge-score` (with stemming, as
+    usual in papers). Chinese has none: that package keeps only a-z and 0-9. LongGenBench: `by_number`.
     """
     if task.metric in longgen_metrics.KINDS:
         return {"by_number": 100 * longgen_metrics.by_number(task.metric, prediction, answers)}

@@ -1,35 +1,38 @@
 """Five small tasks in LongBench's shape, generated from English that every Python ships.
 
-For machines without any benchmark data, and small enough for a 135M model on a laptop: about 0.5k to 2k tokens, a few
-new tokens. The haystack is the prose in `pydoc_data.topics`. Metrics are official LongBench ones.
+For machines without any benchmark data, and small enough for a 135M model on a laptop: about 0.5k to 2k
+tokens, a few new tokens. The haystack is the prose in `pydoc_data.topics`. Metrics are official LongBench
+ones.
 
 A task is kept only if SmolLM2-135M-Instruct scores at least 60 with the full cache. MEASURED
 
-Reproducible: a sample depends on seed, task and its own number, never on how many are asked for. Two machines with the
-same Python version make the same samples; another version's documentation differs in places, so its samples
-do too (the names, codes and labels drawn may stay the same, the text around them does not).
+Reproducible: a sample depends on seed, task and its own number, never on how many are asked for. Two
+machines with the same Python version make the same samples; another version's documentation differs in
+places, so its samples do too (the names, codes and labels drawn may stay the same, the text around them
+does not).
 """
 
 import random
 import re
 from collections.abc import Callable
 from functools import lru_cache
+from pydoc_data.topics import topics
 from typing import Any
 
-from pydoc_data.topics import topics
-
-from evals.pocket_words import KINDS, LABELS, NAMES
+from evals.pocket_words import KINDS, LABELS
+from evals.pocket_words import NAMES as NAME_TEXT
 from evals.rows import as_dataset, to_sample
 from evals.tasks import Sample, Task
 
 DEFAULT_SAMPLES = 50  # a task's size without a limit
+NAMES = NAME_TEXT.split()
 
 Row = dict[str, Any]
 
 
 @lru_cache(maxsize=1)
 def prose() -> tuple[str, ...]:
-    """The paragraphs of plain prose, each once: no grammar, no sessions, no long numbers that look like a code."""
+    """The paragraphs of plain prose, each once: no grammar, no sessions, no number that looks like a code."""
     blocks = (" ".join(block.split()) for name in sorted(topics) for block in topics[name].split("\n\n"))
     plain = (
         text
@@ -43,7 +46,7 @@ def prose() -> tuple[str, ...]:
 
 
 def passage(rng: random.Random, characters: int) -> list[str]:
-    """Consecutive paragraphs from a random place (around the end to the beginning), at least so long together."""
+    """Consecutive paragraphs from a random place (past the end: from the beginning), at least so long."""
     paragraphs = prose()
     at = rng.randrange(len(paragraphs))
     taken: list[str] = []
@@ -73,13 +76,13 @@ def needle(rng: random.Random) -> Row:
 
 def needle_distractors(rng: random.Random) -> Row:
     text = passage(rng, rng.randrange(2000, 7000))
-    names, numbers = rng.sample(NAMES, 3), codes(rng, 3)
+    names, numbers = rng.sample(NAMES, 4), codes(rng, 4)
     hidden = [f"The code of the {name} is {code}." for name, code in zip(names, numbers, strict=True)]
     return {"context": hide(rng, text, hidden), "input": names[0], "answers": [numbers[0]]}
 
 
 def passage_retrieval(rng: random.Random) -> Row:
-    count = rng.randrange(3, 6)
+    count = rng.randrange(3, 5)
     names, numbers = rng.sample(NAMES, count), rng.sample(range(11, 100), count)
     texts = [
         f"The number of the {name} paragraph is {number}. " + " ".join(passage(rng, rng.randrange(500, 900)))
@@ -91,11 +94,13 @@ def passage_retrieval(rng: random.Random) -> Row:
 
 
 def kv_lookup(rng: random.Random) -> Row:
-    count = rng.randrange(36, 61)
+    """A list of 12 to 20 names and values somewhere in a text."""
+    count = rng.randrange(12, 21)
     names, numbers = rng.sample(NAMES, count), codes(rng, count)
     lines = [f"The value of {name} is {code}." for name, code in zip(names, numbers, strict=True)]
     wanted = rng.randrange(count)
-    return {"context": "\n".join(lines), "input": names[wanted], "answers": [numbers[wanted]]}
+    context = hide(rng, passage(rng, rng.randrange(1500, 4000)), ["\n".join(lines)])
+    return {"context": context, "input": names[wanted], "answers": [numbers[wanted]]}
 
 
 def few_shot(rng: random.Random) -> Row:
@@ -131,7 +136,7 @@ MAKERS: dict[str, Callable[[random.Random], Row]] = {
 }
 TASKS = {
     "needle": make_task("needle", "count_score", 16, chat=True),
-    "needle_distractors": make_task("needle_distractors", "count_score", 16, chat=True),
+    "needle_distractors": make_task("needle_distractors", "count_score", 8, chat=False),
     "passage_retrieval": make_task("passage_retrieval", "retrieval_score", 16, chat=True),
     "kv_lookup": make_task("kv_lookup", "count_score", 8, chat=False),
     "few_shot": make_task("few_shot", "classification_score", 4, chat=False),
@@ -141,10 +146,7 @@ PROMPTS = {
         "A secret code is hidden in the text below. Find it.\n\n{context}\n\n"
         "What is the secret code? Answer with the five digits of the code."
     ),
-    "needle_distractors": (
-        "Some codes are hidden in the text below.\n\n{context}\n\n"
-        "What is the code of the {input}? Answer with the five digits of the code."
-    ),
+    "needle_distractors": "{context}\n\nOne sentence again:\nThe code of the {input} is",
     "passage_retrieval": ("Here are some paragraphs.\n\n{context}\n\nWhat is the number of the {input} paragraph?"),
     "kv_lookup": "{context}\n\nOne line again:\nThe value of {input} is",
     "few_shot": "{context}\n{input}:",
@@ -161,7 +163,7 @@ def load(names: list[str], limit: int | None, seed: int) -> list[Sample]:
 
 
 def make_row(name: str, index: int, seed: int) -> Row:
-    """Sample number `index` of a task. Its generator is seeded by text, which is the same on every platform."""
+    """Sample number `index` of a task. Its generator is seeded by text: the same on every platform."""
     row = MAKERS[name](random.Random(f"pocket/{name}/{seed}/{index}"))
     length = len(row["context"].split())
     return {"all_classes": None} | row | {"_id": f"{name}-{seed}-{index}", "length": length}

@@ -1,4 +1,4 @@
-"""From a sample to token ids: the official truncation, the chat form, and where the context ends in tokens."""
+"""From a sample to token ids: the official truncation, the chat form, and where the context ends."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,13 +7,13 @@ from typing import Any
 from evals.errors import DataError
 from evals.tasks import Sample
 
-# Stands for the user's message while the chat form around it is looked up. Plain letters: no template touches them.
+# Stands for the user's message while the chat form around it is looked up. Plain letters: left alone.
 PLACEHOLDER = "kvbenchplaceholdermessage"
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """`context_tokens`: how many leading ids belong to the chat form's beginning and the sample's `before`."""
+    """`context_tokens`: how many leading ids belong to the chat form's beginning and to `before`."""
 
     ids: list[int]
     context_tokens: int
@@ -30,9 +30,10 @@ def encode(
 ) -> Prompt:
     """The prompt by the official steps.
 
-    The bare prompt is tokenised; above the limit its first and last half are decoded and joined; then the chat form
-    is put around it, where the task and the tokenizer have one (`chat=False` never does); then all is tokenised
-    again, so the final length may differ from the limit by the chat form and by a token at the seam.
+    The bare prompt is tokenised; above the limit its first and last half are decoded and joined; then the
+    chat form is put around it, where the task and the tokenizer have one (`chat=False` never does); then
+    all is tokenised again, so the final length may differ from the limit by the chat form and by a token at
+    the seam.
     """
     if not sample.prompt:
         raise DataError(f"task {sample.task.name}, sample {sample.id}: the prompt is empty")
@@ -42,7 +43,7 @@ def encode(
     wrap = chat and sample.task.chat and bool(getattr(tokenizer, "chat_template", None))
     if wrap:
         text, boundary = wrap_in_chat(text, boundary, tokenizer, template_kwargs or {})
-    # A chat template writes its own special tokens; adding the tokenizer's would double the one at the beginning.
+    # A chat template writes its own special tokens; adding the tokenizer's would double the BOS.
     ids, context_tokens = tokenize(text, boundary, tokenizer, add_special_tokens=not wrap)
     return Prompt(ids=ids, context_tokens=context_tokens, truncated=truncated, chat=wrap)
 
@@ -56,13 +57,10 @@ def truncate(sample: Sample, tokenizer: Any, limit: int) -> tuple[str, int, bool
     half = limit // 2
     head = tokenizer.decode(ids[:half], skip_special_tokens=True)
     tail = tokenizer.decode(ids[-half:], skip_special_tokens=True)
-    # The question is near the end, so its place is counted from the end. A question longer than the tail has lost
+    # The question is near the end, so its place is counted from there. One longer than the tail has lost
     # its beginning to the cut, or even reaches into the head: there the place is the one from the beginning.
-    after = min(len(sample.after), len(tail))
-    if len(sample.after) <= len(tail):
-        place = len(head) + len(tail) - after
-    else:
-        place = min(boundary, len(head))
+    whole_question = len(sample.after) <= len(tail)
+    place = len(head) + len(tail) - len(sample.after) if whole_question else min(boundary, len(head))
     return head + tail, place, True
 
 
@@ -91,7 +89,7 @@ def render(message: str, tokenizer: Any, kwargs: Mapping[str, Any]) -> str:
 
 
 def tokenize(text: str, boundary: int, tokenizer: Any, add_special_tokens: bool) -> tuple[list[int], int]:
-    """(ids, how many leading ids lie wholly before the boundary). A token across it belongs to the question."""
+    """(ids, how many leading ids lie wholly before the boundary). A token across it is the question's."""
     options = {"add_special_tokens": add_special_tokens, "verbose": False}
     if not tokenizer.is_fast:
         # Without offsets: the tokens that the text up to the boundary shares with the whole.

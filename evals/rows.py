@@ -1,8 +1,8 @@
 """Rows of task data in LongBench's shape, through `datasets`, with errors that name file and line.
 
-`datasets.load_dataset("json", ...)` is not used to parse: it turns a column of strings such as "2015-03-04" into
-datetime objects, and reports a broken row without its line. Lines are parsed here and become a `Dataset` with
-explicit types.
+`datasets.load_dataset("json", ...)` is not used to parse: it turns a column of strings such as "2015-03-04"
+into datetime objects, and reports a broken row without its line. Lines are parsed here and become a
+`Dataset` with explicit types.
 """
 
 import json

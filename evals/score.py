@@ -1,9 +1,10 @@
 """Score anyone's predictions by the official rules: `python -m evals.score DIR [--edit-similarity ...]`.
 
-DIR holds one <task>.jsonl per LongBench task with `pred`, `answers`, `all_classes` (and `length`), as the official
-runner writes them; or, for LongGenBench, <dataset>/<method>.json(l) or <task>.jsonl with `pred` and `answers`.
-Prints one JSON object task -> score: rounded to 2 places, LongGenBench to 4 as its own scorer does, where
-`<task>_by_number` is the corrected score (see longgen_metrics). Exit code 2 and one line on stderr for bad input.
+DIR holds one <task>.jsonl per LongBench task with `pred`, `answers`, `all_classes` (and `length`), as the
+official runner writes them; or, for LongGenBench, <dataset>/<method>.json(l) or <task>.jsonl with `pred`
+and `answers`. Prints one JSON object task -> score: rounded to 2 places, LongGenBench to 4 as its own
+scorer does, where `<task>_by_number` is the corrected score (see longgen_metrics). Exit code 2 and one line
+on stderr for bad input.
 """
 
 import argparse

@@ -52,8 +52,9 @@ def load_samples(
 ) -> list[Sample]:
     """The samples of the named tasks (all of the suite without names), at most `limit` a task.
 
-    Samples come in the order of the files, so a larger limit extends a smaller one. `seed` matters to `pocket` only,
-    whose samples are generated. `options` are the suite's own further settings (the other keys of conf/tasks/*.yaml).
+    Samples come in the order of the files, so a larger limit extends a smaller one. `seed` matters to
+    `pocket` only, whose samples are generated. `options` are the suite's own further settings (the other
+    keys of conf/tasks/*.yaml).
     """
     from evals import longbench, longgenbench, pocket
 
@@ -90,7 +91,7 @@ def choose_names(suite: str, names: list[str] | None) -> list[str]:
 
 
 def task_names(suite: str) -> list[str]:
-    """The task names of a suite or of a language group (longbench_en, longbench_zh), in the official order."""
+    """The task names of a suite or language group (longbench_en, longbench_zh), in the official order."""
     from evals import longbench, longgenbench, pocket
 
     groups = {

@@ -128,6 +128,9 @@ class AhaKV(ScorePolicy):
         """The last r rows after the gain, `(kv_heads, group, r, n)`."""
         if not self.step_gain:
             return prompt.window_weights(self.window)
+        return prompt.once((self, "rows", budget), lambda: self._gained_rows(prompt, budget))
+
+    def _gained_rows(self, prompt: PromptAttention, budget: int) -> Tensor:
         logits = prompt.window_logits(self.window)
         rows, n = logits.shape[2:]
         visible = torch.arange(n - rows + 1, n + 1, device=logits.device)
@@ -138,7 +141,7 @@ class AhaKV(ScorePolicy):
     def _sums(self, prompt: PromptAttention, budget: int) -> Tensor:
         """Accumulated attention, `(kv_heads, group, n)`."""
         if self.recent_accumulation:
-            return self._rows(prompt, budget).sum(dim=2)
+            return prompt.once((self, "sums", budget), lambda: self._rows(prompt, budget).sum(dim=2))
         if not self.step_gain:
             return prompt.column_sums()
         visible = torch.arange(1, prompt.length + 1, device=prompt.keys.device)
@@ -174,12 +177,12 @@ class AhaKV(ScorePolicy):
 
     def _factor(self, prompt: PromptAttention, budget: int) -> Tensor:
         """What the gain is multiplied by, `(kv_heads, group, 1)`: 1 unless `logit_variance` says otherwise."""
+        k = self._k(budget)
+        if not self.step_gain or self.logit_variance == "unit" or prompt.length <= k:
+            return prompt.value_norms(self.value_norm).new_ones(prompt.kv_heads, prompt.group, 1)
         logits = prompt.window_logits(self.window)
-        if not self.step_gain or self.logit_variance == "unit":
-            return logits.new_ones(prompt.kv_heads, prompt.group, 1)
         if self.logit_variance == "measured":
             return prompt.once(("1 / std of logits", self.window), lambda: 1 / visible_std(logits)[..., None])
-        k = self._k(budget)
         solved = prompt.once(("entropy gain", self.window, k), lambda: solve_entropy(logits, math.log(k)))
         return (solved / self._gain(torch.tensor(prompt.length), budget, logits.dtype).clamp_min(1e-6))[..., None]
 

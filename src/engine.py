@@ -141,13 +141,12 @@ class Engine:
             cells.append(Cell(Full(), scope))  # what the others are compared with
         prefill = Prefill(cells, self.layers, scope)
         started = time.perf_counter()
-        with self.memory.phase("prefill"):
-            ids = torch.tensor([request.ids[:scope]], device=self.model.device)
-            positions = torch.arange(scope, device=ids.device)[None]
-            logits = self.model(ids, position_ids=positions, use_cache=False, logits_to_keep=1, lanes=prefill).logits[
-                :, -1
-            ]
-            token = int(choose(logits.clone(), [(request, 0)])[0])  # fidelity needs them unchanged
+        self.memory.start()
+        ids = torch.tensor([request.ids[:scope]], device=self.model.device)
+        positions = torch.arange(scope, device=ids.device)[None]
+        logits = self.model(ids, position_ids=positions, use_cache=False, logits_to_keep=1, lanes=prefill).logits[:, -1]
+        token = int(choose(logits.clone(), [(request, 0)])[0])  # fidelity needs them unchanged
+        self.memory.stop("prefill")
         seconds = time.perf_counter() - started
         if token < 0:
             self._refuse_nan(request, prefill.forks[0].caches, 0, "the prompt")
@@ -166,6 +165,7 @@ class Engine:
 
     def _decode(self, lanes: list[Lane]) -> Iterator[Generation]:
         """All lanes in lockstep until each has finished. A result leaves when all its lanes have."""
+        self.memory.start()
         batch, lanes = arrange(lanes, self.rotary.turn)
         meter = FidelityMeter(len(lanes), self.layers, self.model.device)
         measured = {id(lane): i for i, lane in enumerate(lanes)}
@@ -191,6 +191,7 @@ class Engine:
                 batch.select(keep)
                 lanes = [lanes[row] for row in keep]
             if not lanes:
+                self.memory.stop("decode")
                 return
             self._step(batch, lanes, meter, measured)
 
@@ -203,15 +204,14 @@ class Engine:
             row_of = {id(lane): row for row, lane in enumerate(lanes)}
             full = [row_of[id(lanes[row].full or lanes[row])] for row in rows]
             meter.begin(rows, full, [measured[id(lanes[row])] for row in rows])
-        with self.memory.phase("decode"):
-            where = [lane.position for lane in lanes]
-            batch.position = torch.tensor(where, device=self.model.device)
-            batch.longest = max(where) + 1
-            ids = torch.tensor([[lane.next_input()] for lane in lanes], device=self.model.device)
-            logits = self.model(ids, position_ids=batch.position[:, None], use_cache=False, lanes=batch).logits[:, -1]
-            batch.t += 1
-            meter.watch_logits(logits, [targets[row] for row in rows])
-            chosen = choose(logits, [(lane.result.request, len(lane.result.tokens)) for lane in lanes]).tolist()
+        where = [lane.position for lane in lanes]
+        batch.position = torch.tensor(where, device=self.model.device)
+        batch.longest = max(where) + 1
+        ids = torch.tensor([[lane.next_input()] for lane in lanes], device=self.model.device)
+        logits = self.model(ids, position_ids=batch.position[:, None], use_cache=False, lanes=batch).logits[:, -1]
+        batch.t += 1
+        meter.watch_logits(logits, [targets[row] for row in rows])
+        chosen = choose(logits, [(lane.result.request, len(lane.result.tokens)) for lane in lanes]).tolist()
         share = (time.perf_counter() - started) / len(lanes)
         for row, (lane, token) in enumerate(zip(lanes, chosen, strict=True)):
             if token < 0:

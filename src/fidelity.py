@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from src.prompt_attention import precise
+
 
 @dataclass
 class Comparison:
@@ -68,7 +70,7 @@ class FidelityMeter:
         if self._rows is None:
             return
         lane, full, index = self._rows
-        own, truth = logits[lane].float().log_softmax(-1), logits[full].float().log_softmax(-1)
+        own, truth = precise(logits[lane]).log_softmax(-1), precise(logits[full]).log_softmax(-1)
         target = torch.tensor(targets, device=logits.device)
         nll = -own.gather(1, target[:, None])[:, 0]
         kl = (truth.exp() * (truth - own)).sum(-1)

@@ -131,7 +131,7 @@ class Generation:
         kv_bytes: keys and values after the cut, read off the storages.
         kv_bytes_by_device: the same, apart where some of it lies in host memory: "device" and "host".
         kv_bytes_peak: the most entries held times the bytes of an entry.
-        kv_bytes_full: what the whole prompt would take.
+        kv_bytes_full: what everything read up to the cut would take (with `prompt_scope=context`, the context).
         bookkeeping_bytes: positions and the policy's own state.
         decode_seconds: the lane's share of the batch's time (step time / lanes in the step, summed).
         lanes: lanes in the batch at its start.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
@@ -21,16 +19,18 @@ class MemoryMeter:
         self.device = device
         self.peaks: dict[str, int] = {}
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def start(self) -> None:
+        """A phase begins."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
-        yield
+
+    def stop(self, phase: str) -> None:
+        """The phase that began with `start` ends."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             peak = torch.cuda.max_memory_allocated(self.device)
-            self.peaks[name] = max(self.peaks.get(name, 0), peak)
+            self.peaks[phase] = max(self.peaks.get(phase, 0), peak)
 
     def process_peak(self) -> int:
         """Peak resident bytes of this process so far."""

@@ -19,8 +19,9 @@ class Rotary:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        frequencies = [m.inv_freq for m in model.modules() if isinstance(getattr(m, "inv_freq", None), Tensor)]
-        self.frequencies = frequencies[0] if len(frequencies) == 1 else None
+        found: list[object] = [getattr(module, "inv_freq", None) for module in model.modules()]
+        frequencies = [f for f in found if isinstance(f, Tensor)]
+        self.frequencies: Tensor | None = frequencies[0] if len(frequencies) == 1 else None
         kinds = {str(getattr(m, "rope_type", "default")) for m in model.modules() if hasattr(m, "inv_freq")}
         self.refused = "" if self.frequencies is not None else "no single rotary embedding for all layers"
         if kinds & {"dynamic", "longrope"}:
@@ -38,7 +39,7 @@ class Rotary:
                 "Valid: policy.positions=original"
             )
         shape = (shift.shape[0],) + (1,) * (vectors.dim() - 2) + (-1,)
-        frequencies = self.frequencies.detach().to(vectors.device, torch.float64)
+        frequencies = self.frequencies.to(vectors.device, torch.float64)
         angle = (shift[:, None].double() * frequencies).view(shape)
         cos, sin = precise(angle.cos().to(vectors.dtype)), precise(angle.sin().to(vectors.dtype))
         half = angle.shape[-1]

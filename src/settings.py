@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import sys
@@ -204,13 +205,9 @@ def parse_budget(value: Any) -> Budget:
 
 
 def parse_number(value: Any) -> int | float:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or value <= 0
-        or (value > 1 and value != int(value))
-    ):
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or value <= 0 or (value > 1 and value != int(value)):
         raise InputError(
-            f"budget={value}: valid: entries per layer and KV head (1, 2, ...) or a share of the prompt in (0, 1]"
+            f"budget={value}: valid: entries per layer and KV head (2, 3, ...) or a share of the prompt in (0, 1]"
         )
-    return value if isinstance(value, float) and value <= 1 else int(value)
+    return float(value) if value <= 1 else int(value)

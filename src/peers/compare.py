@@ -1,0 +1,92 @@
+"""The grid against kvpress cell by cell, in turn in one run (part `peers` of `src.bench`)."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from src.errors import InputError
+
+WORKER = Path(__file__).with_name("kvpress_worker.py")
+
+
+class Peer:
+    """A worker process in another environment; the processes never compute at the same time.
+
+    Args:
+        interpreter: of the environment that has kvpress.
+        model: folder with the weights.
+    """
+
+    def __init__(self, interpreter: str, model: str) -> None:
+        if not Path(interpreter).exists():
+            raise InputError(f"peer_python={interpreter}: no such file; `make bench-peers` builds that environment")
+        self.process = subprocess.Popen(
+            [interpreter, str(WORKER), model], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self._answer()
+
+    def cell(self, ids: list[int], press: str, budget: int | None, new_tokens: int) -> float:
+        """Seconds of one cell."""
+        assert self.process.stdin is not None
+        request = {"ids": ids, "press": press, "budget": budget, "new_tokens": new_tokens}
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return float(self._answer()["seconds"])
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise InputError("peer_python: the kvpress process ended; its own message is above")
+        return dict(json.loads(line))
+
+    def close(self) -> None:
+        self.process.terminate()
+        self.process.wait()
+
+
+def compare(
+    peer: Peer,
+    ours: Callable[[], float],
+    ids: list[int],
+    budgets: Sequence[int],
+    new_tokens: int,
+    turns: int,
+) -> list[dict[str, Any]]:
+    """Our grid and the peer's 1 + 4 x budgets cells, in turn.
+
+    kvpress has no AhaKV; its cells are timed as SnapKV's, the nearest in cost. Its H2O (observed attention) needs
+    eager attention, which is slow; the last column counts those cells at SnapKV's cost as well, in its favour.
+
+    Args:
+        ours: seconds per prompt of our grid.
+    """
+    rows = []
+    for turn in range(turns):
+        grid = ours()
+        full = peer.cell(ids, "full", None, new_tokens)
+        cells = {
+            press: sum(peer.cell(ids, press, budget, new_tokens) for budget in budgets)
+            for press in ("streaming_llm", "observed", "snapkv")
+        }
+        as_is = full + cells["streaming_llm"] + cells["observed"] + 2 * cells["snapkv"]
+        kind = full + cells["streaming_llm"] + 3 * cells["snapkv"]
+        row = {
+            "part": "peers",
+            "turn": turn + 1,
+            "cells": 1 + 4 * len(budgets),
+            "prompt_tokens": len(ids),
+            "new_tokens": new_tokens,
+            "ours_seconds_per_prompt": grid,
+            "kvpress_seconds_per_prompt": as_is,
+            "ratio": as_is / grid,
+            "ratio_h2o_as_snapkv": kind / grid,
+        }
+        print(f"  turn {turn + 1}: ours {grid:.2f} s, kvpress {as_is:.2f} s", file=sys.stderr, flush=True)
+        rows.append(row)
+    return rows

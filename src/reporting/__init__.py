@@ -1,0 +1,1 @@
+"""The parts of `src.report`: runs in, numbers, tables, figures, page out."""

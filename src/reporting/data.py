@@ -1,0 +1,137 @@
+"""What a report is made from: comparable runs side by side, matched by sample."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from src.errors import InputError
+from src.reporting.runs import Key, Run, budget_order, check_comparable, find_runs, label_runs, load_run
+from src.statistics import Array, macro_mean
+
+
+@dataclass(frozen=True)
+class Study:
+    """Comparable runs side by side: a row of `scores` per sample, a column per run, NaN for none."""
+
+    model: str
+    runs: tuple[Run, ...]
+    tasks: tuple[str, ...]
+    keys: tuple[Key, ...]
+    scores: Array
+    task_of: NDArray[np.int_]
+    baseline: str | None
+    comparability: dict[str, Any]
+    warnings: tuple[str, ...]
+
+    @property
+    def full(self) -> int | None:
+        """The column of the full cache."""
+        return next((i for i, run in enumerate(self.runs) if run.full), None)
+
+    @property
+    def labels(self) -> list[str]:
+        """The policies, in the order of the tables, without the full cache."""
+        return list(dict.fromkeys(run.label for run in self.runs if not run.full))
+
+    @property
+    def budgets(self) -> list[int | float]:
+        return list(dict.fromkeys(run.budget for run in self.runs if not run.full and run.budget is not None))
+
+    def column(self, label: str, budget: int | float | None) -> int | None:
+        matches = (i for i, r in enumerate(self.runs) if r.label == label and r.budget == budget and not r.full)
+        return next(matches, None)
+
+    def failed(self, column: int) -> int:
+        return sum(bool(r.get("error")) for r in self.runs[column].records.values())
+
+    def values(self, name: str, group: str | None = None) -> Array:
+        """Like `scores`, of another number in the records, e.g. ("kl", "fidelity")."""
+        found = np.full(self.scores.shape, np.nan)
+        for column, run in enumerate(self.runs):
+            for row, key in enumerate(self.keys):
+                record = run.records.get(key) or {}
+                value = ((record.get(group) or {}) if group else record).get(name)
+                if isinstance(value, int | float) and not record.get("error"):
+                    found[row, column] = value
+        return found
+
+
+def make_study(folders: Sequence[Path], baseline: str | None = None) -> Study:
+    """Find, check, label, order and match the finished runs below these folders."""
+    paths, warnings = find_runs(folders)
+    runs = [load_run(path) for path in paths]
+    check_comparable(runs)
+    runs, more = _single_full(runs)
+    runs = label_runs(runs)
+    runs.sort(key=lambda r: (not r.full, *budget_order(r.budget), r.policy, r.label))
+    keys = sorted({key for run in runs for key in run.records})
+    tasks = tuple(sorted({key[0] for key in keys}))
+    row_of = {key: row for row, key in enumerate(keys)}
+    scores = np.full((len(keys), len(runs)), np.nan)
+    for column, run in enumerate(runs):
+        for key, record in run.records.items():
+            if record.get("score") is not None and not record.get("error"):
+                scores[row_of[key], column] = record["score"]
+    task_of = np.array([tasks.index(key[0]) for key in keys], dtype=int)
+    warnings += more + _sample_warnings(runs, keys, scores, task_of)
+    chosen = _choose_baseline(runs, baseline)
+    comparability = dict(runs[0].metrics.get("comparability") or {})
+    return Study(
+        runs[0].model,
+        tuple(runs),
+        tasks,
+        tuple(keys),
+        scores,
+        task_of,
+        chosen,
+        comparability,
+        tuple(warnings),
+    )
+
+
+def _single_full(runs: list[Run]) -> tuple[list[Run], list[str]]:
+    """A budget means nothing to the full cache: of several such runs the one with most samples stays."""
+    full = sorted((r for r in runs if r.full), key=lambda r: -len(r.records))
+    dropped = [r.folder for r in full[1:]]
+    notes = [f"{path.name} is left out: {full[0].folder.name} already holds the full cache." for path in dropped]
+    return [r for r in runs if r.folder not in dropped], notes
+
+
+def _choose_baseline(runs: Sequence[Run], wanted: str | None) -> str | None:
+    labels = list(dict.fromkeys(r.label for r in runs if not r.full))
+    if wanted is None:
+        return "snapkv" if "snapkv" in labels else None
+    named = list(dict.fromkeys(r.label for r in runs if r.policy == wanted and not r.full))
+    if wanted in labels:
+        return wanted
+    if len(named) == 1:
+        return named[0]
+    raise InputError(f"--baseline {wanted}: not a policy of these runs; choose one of {', '.join(labels) or '(none)'}")
+
+
+def _sample_warnings(runs: Sequence[Run], keys: Sequence[Key], scores: Array, task_of: NDArray[np.int_]) -> list[str]:
+    warnings = []
+    if len({key[:2] for key in keys}) < len(keys):
+        count = len(keys) - len({key[:2] for key in keys})
+        warnings.append(f"{count} samples have another prompt in some runs (changed data?); those are not paired.")
+    common = int((~np.isnan(scores)).all(axis=1).sum())
+    if len(runs) > 1 and common < len(keys):
+        warnings.append(
+            f"Runs cover different samples: {common} of {len(keys)} are scored in every run. Averages "
+            "marked † rest on other samples than most; differences use only the samples that both sides have."
+        )
+    if (runs[0].metrics.get("comparability") or {}).get("random_weights"):
+        warnings.append("The weights are random: scores mean nothing, only memory and retention do.")
+    own = macro_mean(scores, task_of)
+    for column, run in enumerate(runs):
+        recorded = run.metrics.get("average")
+        if recorded is not None and abs(own[column] - recorded) > 0.01:
+            warnings.append(
+                f"{run.folder.name}: metrics.json says {recorded:.2f}, its predictions give "
+                f"{own[column]:.2f} (used here); launch the run again to bring them together."
+            )
+    return warnings

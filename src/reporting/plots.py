@@ -1,0 +1,240 @@
+"""The figures of a report. Every line has its own marker and dash, so that they read without colour."""
+
+from collections.abc import Callable, Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from numpy.typing import NDArray
+
+from src.reporting.analysis import Analysis, Row
+from src.reporting.figures import COLOURS, INK, LOOK, new_figure, plain_axes, plain_text, series_style
+from src.reporting.runs import budget_order, show_budget
+from src.reporting.samples import MAP_SAMPLES
+from src.statistics import Interval
+
+RATIO_MAP = "cividis"  # its lightness rises evenly: the same order in print without colour
+Pick = Callable[[Row], Interval | None]
+
+
+def make_figures(analysis: Analysis, retention: dict[int, NDArray[np.float64]] | None = None) -> dict[str, Figure]:
+    """Those that these runs can fill, by name. `retention`: column of a run -> (layers, bins) share kept."""
+    with matplotlib.rc_context(LOOK):
+        return _figures(analysis, retention or {})
+
+
+def _figures(analysis: Analysis, retention: dict[int, NDArray[np.float64]]) -> dict[str, Figure]:
+    figures = {}
+    if analysis.budgeted:
+        figures["score_vs_budget"] = score_vs_budget(analysis)
+        if sum(row.memory("kv_bytes_mean") is not None for row in analysis.rows) > 1:
+            figures["score_vs_bytes"] = score_vs_bytes(analysis)
+        if any(row.full or row.baseline for row in analysis.rows):
+            figures["differences"] = differences(analysis)
+        if analysis.has_fidelity:
+            figures["fidelity_vs_budget"] = fidelity_vs_budget(analysis)
+    if retention:
+        figures["retention"] = retention_maps(analysis, retention)
+    return figures
+
+
+def score_vs_budget(analysis: Analysis) -> Figure:
+    return _budget_curves(
+        analysis,
+        [("average score (0 to 100)", lambda row: row.average)],
+        f"Score versus budget: {_samples(analysis)}",
+    )
+
+
+def fidelity_vs_budget(analysis: Analysis) -> Figure:
+    """KL to the full cache and, where recorded, the likelihood of the reference answer."""
+    labels = {"kl": "KL(full || policy) (nats per token)", "nll": "NLL of the answer (nats per token)"}
+    picks: list[tuple[str, Pick]] = [
+        (label, lambda row, name=name: row.fidelity.get(name))  # type: ignore[misc]
+        for name, label in labels.items()
+        if any(name in row.fidelity for row in analysis.budgeted)
+    ]
+    n = max(i.n for row in analysis.rows for i in row.fidelity.values())
+    return _budget_curves(analysis, picks, f"Fidelity versus budget: n = {n} samples, lower is better")
+
+
+def _budget_curves(analysis: Analysis, picks: Sequence[tuple[str, Pick]], title: str) -> Figure:
+    """A panel per quantity and per unit of budget (entries, or fractions of the prompt)."""
+    kinds = sorted({budget_order(budget)[0] for budget in analysis.study.budgets})
+    panels = [(label, pick, kind) for label, pick in picks for kind in kinds]
+    figure = new_figure((6.8 if len(panels) == 1 else 4.4 * len(panels)) + 2.2, 4.2)
+    drawn: dict[str, Artist] = {}
+    for axes, (label, pick, entries) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        budgets = [b for b in analysis.study.budgets if budget_order(b)[0] == entries]
+        reference = pick(analysis.full) if analysis.full else None
+        if reference and not (label.startswith("KL") and reference.estimate == 0):
+            line = axes.axhline(reference.estimate, color=INK, linewidth=1.2)
+            axes.axhspan(reference.low, reference.high, color=INK, alpha=0.08, linewidth=0)
+            drawn.setdefault("full cache", line)
+        for i, name in enumerate(analysis.study.labels):
+            found = {r.run.budget: pick(r) for r in analysis.budgeted if r.run.label == name}
+            points = [(b, interval) for b in budgets if (interval := found.get(b)) is not None]
+            if points:
+                drawn.setdefault(name, _curve(axes, points, i))
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_locator(FixedLocator([float(b) for b in budgets]))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: show_budget(round(value, 6))))
+        axes.set_xlabel("budget (entries per layer and KV head)" if entries else "budget (share of the prompt)")
+        axes.set_ylabel(label)
+        plain_axes(axes)
+    figure.suptitle(f"{title}; bands: 95 % intervals", fontsize=10, x=0.01, ha="left")
+    names = sorted(drawn, key=lambda name: name != "full cache")
+    handles, texts = [drawn[name] for name in names], [plain_text(name) for name in names]
+    figure.legend(handles, texts, loc="outside right center", frameon=False, handlelength=3.4)
+    return figure
+
+
+def _curve(axes: Axes, points: Sequence[tuple[float | int, Interval]], i: int) -> Artist:
+    x = [float(b) for b, _ in points]
+    color = COLOURS[i % len(COLOURS)]
+    (line,) = axes.plot(x, [p.estimate for _, p in points], color=color, **series_style(i))
+    axes.fill_between(x, [p.low for _, p in points], [p.high for _, p in points], color=color, alpha=0.15, linewidth=0)
+    if len(points) == 1:
+        bar = [[points[0][1].estimate - points[0][1].low], [points[0][1].high - points[0][1].estimate]]
+        axes.errorbar(x, [points[0][1].estimate], yerr=bar, color=color, capsize=3, linewidth=1)
+    return line
+
+
+def score_vs_bytes(analysis: Analysis) -> Figure:
+    """Every cell by its cost and its score; the staircase joins those that nothing cheaper beats."""
+    figure = new_figure(9.0, 4.2)
+    axes = figure.subplots()
+    points = [(row.memory("kv_bytes_mean"), row) for row in analysis.rows]
+    placed = [(x / 2**20, row) for x, row in points if x and not np.isnan(row.average.estimate)]
+    if analysis.full:
+        band = analysis.full.average
+        axes.axhspan(band.low, band.high, color=INK, alpha=0.08, linewidth=0)
+    names = [*analysis.study.labels]
+    for i, name in enumerate(names):
+        own = [(x, row.average) for x, row in placed if row.run.label == name and not row.run.full]
+        if own:
+            style = {**series_style(i), "linestyle": "none"}
+            axes.plot([x for x, _ in own], [a.estimate for _, a in own], color=COLOURS[i % 8], label=name, **style)
+    for x, row in placed:
+        if row.run.full:
+            axes.plot(x, row.average.estimate, "*", color=INK, markersize=13, label="full cache")
+    front = pareto_front([(x, row.average.estimate) for x, row in placed if not row.odd])
+    if len(front) > 1:
+        axes.step(
+            *zip(*front, strict=True),
+            where="post",
+            color=INK,
+            linewidth=0.9,
+            label="best for its bytes",
+            zorder=1,
+        )
+    for x, row in placed:
+        if (x, row.average.estimate) in front and not row.run.full:
+            spot = (x, row.average.estimate)
+            axes.annotate(
+                show_budget(row.run.budget), spot, (0, 7), textcoords="offset points", ha="center", fontsize=8
+            )
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_xlabel("KV cache after the prompt (MiB, mean over samples)")
+    axes.set_ylabel("average score (0 to 100)")
+    title = f"Score versus bytes: {_samples(analysis)}; grey: full cache's 95 % interval"
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    plain_axes(axes)
+    figure.legend(loc="outside right center", frameon=False)
+    return figure
+
+
+def differences(analysis: Analysis) -> Figure:
+    """Every paired difference with its interval, budgets as groups; filled where it is clear."""
+    study, rows = analysis.study, analysis.budgeted
+    picks = [("full cache", [row.full for row in rows]), (study.baseline, [row.baseline for row in rows])]
+    panels = [(name, found) for name, found in picks if any(found)]
+    places, labels, place = [], [], 0.0
+    for i, row in enumerate(rows):
+        place += 1.0 if i and rows[i - 1].run.budget == row.run.budget else 1.8
+        places.append(-place)
+        labels.append(f"{plain_text(row.run.label)}  {show_budget(row.run.budget):>5}")
+    figure = new_figure(3.4 * len(panels) + 2.2, 0.21 * place + 1.1)
+    for axes, (name, found) in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels, strict=True):
+        axes.axvline(0, color=INK, linewidth=1)
+        for i, (row, difference) in enumerate(zip(rows, found, strict=True)):
+            if difference is None:
+                continue
+            interval, series = difference.interval, study.labels.index(row.run.label)
+            color = COLOURS[series % len(COLOURS)]
+            axes.hlines(places[i], interval.low, interval.high, color=color, linewidth=1.8)
+            style = {
+                **series_style(series),
+                "linestyle": "none",
+                "markerfacecolor": color if difference.clear else "none",
+            }
+            axes.plot(interval.estimate, places[i], color=color, **style)
+        axes.set_yticks(places, labels)
+        axes.set_xlabel(f"difference to {plain_text(str(name))} (points of the average score)")
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        plain_axes(axes, grid="x")
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+    title = f"Paired differences: {_samples(analysis)}; 95 % intervals"
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    return figure
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points that no point with fewer or equal bytes reaches, by bytes."""
+    front: list[tuple[float, float]] = []
+    for x, y in sorted(points, key=lambda p: (p[0], -p[1])):
+        if not front or y > front[-1][1]:
+            front.append((x, y))
+    return front
+
+
+def retention_maps(analysis: Analysis, maps: dict[int, NDArray[np.float64]]) -> Figure:
+    """Policies beside each other, a row per budget; a panel is layers by relative position in the prompt."""
+    labels = [n for n in analysis.study.labels if any(analysis.rows[i].run.label == n for i in maps)]
+    budgets = [b for b in analysis.study.budgets if any(analysis.rows[i].run.budget == b for i in maps)]
+    figure = new_figure(2.1 * len(labels) + 1.6, 1.45 * len(budgets) + 1.0)
+    grid = figure.subplots(len(budgets), len(labels), squeeze=False, sharex=True, sharey=True)
+    image = None
+    for line, budget in enumerate(budgets):
+        for place, label in enumerate(labels):
+            axes, column = grid[line][place], analysis.study.column(label, budget)
+            if line == 0:
+                axes.set_title(plain_text(label).replace(" ", "\n", 1), fontsize=9)
+            if place == 0:
+                axes.set_ylabel(f"budget {show_budget(budget)}\nlayer", fontsize=9)
+            axes.tick_params(labelsize=8)
+            axes.xaxis.set_major_locator(FixedLocator([0, 0.5, 1]))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            if column is None or column not in maps:
+                axes.text(0.5, 0.5, "not recorded", ha="center", transform=axes.transAxes, color=INK, fontsize=8)
+                continue
+            shown = 100 * maps[column]
+            image = axes.imshow(
+                shown,
+                aspect="auto",
+                origin="lower",
+                extent=(0, 1, -0.5, len(shown) - 0.5),
+                cmap=RATIO_MAP,
+                norm=PowerNorm(0.5, vmin=0, vmax=100),
+                interpolation="nearest",
+            )
+    used = min(MAP_SAMPLES, len(analysis.study.keys))
+    title = f"Positions kept after the prompt: n = up to {used} samples, mean over KV heads"
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    figure.supxlabel("relative position in the prompt (0 = first token, 1 = last)", fontsize=9)
+    if image is not None:
+        bar = figure.colorbar(image, ax=grid.ravel().tolist(), label="positions kept (%)", ticks=[0, 5, 25, 50, 100])
+        bar.ax.tick_params(labelsize=8)
+    return figure
+
+
+def _samples(analysis: Analysis) -> str:
+    n, tasks = len(analysis.study.keys), len(analysis.study.tasks)
+    return f"n = {n} samples of {tasks} task{'s' if tasks > 1 else ''}"

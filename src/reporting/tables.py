@@ -1,0 +1,277 @@
+"""The tables of a report: what stands in which cell. How a table looks is src/report_formats.py."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from src.reporting.analysis import Analysis, Difference, Row
+from src.reporting.formats import Cell, Column, Table, between, number, p_value, signed
+from src.reporting.runs import show_budget
+from src.statistics import Interval, macro_stderr
+
+DAGGER = "†"
+POLICY, BUDGET = Column("policy", number=False), Column("budget", "entries per head")
+
+
+def make_tables(analysis: Analysis) -> list[Table]:
+    """Every table that these runs can fill, in reading order."""
+    tables = [scores_table(analysis), comparison_table(analysis), memory_table(analysis)]
+    if analysis.has_fidelity:
+        tables.append(fidelity_table(analysis))
+    if any(row.run.metrics.get("retention") for row in analysis.rows):
+        tables.append(retention_table(analysis))
+    return tables
+
+
+def scores_table(analysis: Analysis) -> Table:
+    """As in the papers: a row per policy and budget, a column per task, the average last."""
+    study = analysis.study
+    usual = {task: _usual_n(analysis, task) for task in study.tasks}
+    columns = [
+        POLICY,
+        BUDGET,
+        *(Column(task, f"{_metric(analysis, task)}n={usual[task]}") for task in study.tasks),
+    ]
+    failures = analysis.failed > 0
+    columns += [Column("failed", "samples")] if failures else []
+    columns.append(Column("average", "of tasks", pinned=True))
+    winners = {task: _winners(analysis, task) for task in (*study.tasks, None)}
+    rows = []
+    for row in analysis.rows:
+        cells = _heads(row)
+        for task in study.tasks:
+            mean, n = row.tasks.get(task, (math.nan, 0))
+            text = number(mean) + (f" (n={n})" if n != usual[task] else "")
+            full = analysis.full.tasks.get(task, (0.0, 0))[0] if analysis.full else 0.0
+            cells.append(
+                Cell(
+                    text,
+                    mean,
+                    bold=id(row) in winners[task],
+                    loss=_loss(mean, full) if _budgeted(row) else None,
+                )
+            )
+        mark = DAGGER if row.odd else ""
+        full = analysis.full.average.estimate if analysis.full else 0.0
+        mean = row.average.estimate
+        loss = _loss(mean, full) if _budgeted(row) else None
+        cells += [Cell(str(row.failed), row.failed)] if failures else []
+        cells.append(Cell(number(mean) + mark, mean, bold=id(row) in winners[None], loss=loss))
+        rows.append(tuple(cells))
+    note = "Scores from 0 to 100; the average weighs every task the same. Bold: best policy at that budget."
+    return Table("scores", "Scores per task", tuple(columns), tuple(rows), _breaks(analysis), note + _odd(analysis))
+
+
+def tasks_table(analysis: Analysis) -> Table:
+    """The same scores in long form, a line per run and task: for pandas rather than for eyes."""
+    study, rows = analysis.study, []
+    for column, row in enumerate(analysis.rows):
+        for index, task in enumerate(study.tasks):
+            here = study.task_of == index
+            if task not in row.tasks:
+                continue
+            mean, n = row.tasks[task]
+            stderr = float(macro_stderr(study.scores[here][:, [column]], study.task_of[here])[0][0])
+            failed = sum(bool(r.get("error")) for key, r in row.run.records.items() if key[0] == task)
+            cells = [
+                Cell(task),
+                Cell(str(n), n),
+                Cell(str(failed), failed),
+                _plain(mean, 2),
+                _plain(stderr, 2),
+            ]
+            rows.append((*_heads(row), *cells))
+    names = ("n", "failed", "score", "standard error")
+    columns = (POLICY, BUDGET, Column("task", number=False), *(Column(name) for name in names))
+    return Table("tasks", "Scores, a line per task", columns, tuple(rows))
+
+
+def comparison_table(analysis: Analysis) -> Table:
+    """Averages with intervals, and the paired differences with what they rest on."""
+    baseline = analysis.study.baseline
+    against = [("full cache", "full")] if analysis.full else []
+    against += [(baseline, "baseline")] if baseline else []
+    columns = [POLICY, BUDGET, Column("n", "samples"), Column("average", "95 % interval")]
+    uneven = any(d and d.interval.n != row.average.n for row in analysis.rows for d in (row.full, row.baseline))
+    for name, _ in against:
+        columns += [
+            Column(f"Δ {name}", "paired, 95 % interval", key=f"difference to {name}"),
+            Column("SE", "of the Δ", detail=True, key=f"SE of difference to {name}"),
+            *([Column("n", "pairs", detail=True, key=f"pairs with {name}")] if uneven else []),
+            Column("p", "Holm", key=f"p (Holm) of difference to {name}"),
+        ]
+    rows = []
+    for row in analysis.rows:
+        mark = DAGGER if row.odd else ""
+        cells = [*_heads(row), Cell(str(row.average.n), row.average.n), _interval(row.average, mark)]
+        for _, attribute in against:
+            cells += _difference(getattr(row, attribute), uneven)
+        rows.append(tuple(cells))
+    note = (
+        f"Intervals: bootstrap of samples within tasks, {analysis.resamples:,} resamples. p: paired "
+        "sign-flip test, two-sided, Holm-corrected over all policies and budgets against the same "
+        "reference. Bold: p < 0.05."
+    )
+    title = "Averages and paired differences"
+    return Table("comparison", title, tuple(columns), tuple(rows), _breaks(analysis), note + _odd(analysis))
+
+
+def memory_table(analysis: Analysis) -> Table:
+    """Bytes of the caches, as recorded per sample. No speeds: cells of a sweep share their steps."""
+    columns = (
+        POLICY,
+        BUDGET,
+        Column("KV after prompt", "MiB, mean"),
+        Column("of full cache", "%"),
+        Column("KV at most", "MiB, mean of peaks"),
+        Column("bookkeeping", "MiB, mean"),
+    )
+    rows = []
+    for row in analysis.rows:
+        ratio = row.memory("ratio")
+        cells = [mebibytes(row.memory("kv_bytes_mean")), _plain(None if ratio is None else 100 * ratio, 1)]
+        cells += [mebibytes(row.memory(name)) for name in ("kv_bytes_peak_mean", "bookkeeping_bytes_mean")]
+        rows.append((*_heads(row), *cells))
+    note = "Per sample, over all layers. A policy's speed is measured by src.bench, not here."
+    return Table("memory", "Cache memory", columns, tuple(rows), _breaks(analysis), note)
+
+
+def fidelity_table(analysis: Analysis) -> Table:
+    """How far a policy's next-token distribution moves from the full cache's on the reference answers."""
+    names = {
+        "kl": Column("KL(full || policy)", "nats per token"),
+        "nll": Column("NLL", "nats per token"),
+        "top1": Column("top-1 agreement", "share"),
+    }
+    present = [name for name in names if any(name in row.fidelity for row in analysis.rows)]
+    rows = []
+    for row in analysis.rows:
+        cells = [_interval(row.fidelity[n], "", 3) if n in row.fidelity else _missing() for n in present]
+        measured = max((i.n for i in row.fidelity.values()), default=0)
+        rows.append((*_heads(row), Cell(str(measured), measured), *cells))
+    columns = (POLICY, BUDGET, Column("n", "samples"), *(names[n] for n in present))
+    note = "Teacher-forced on the reference answer, mean over tasks, 95 % intervals. Lower KL, NLL are better."
+    title = "Distance from the full cache"
+    return Table("fidelity", title, columns, tuple(rows), _breaks(analysis), note)
+
+
+def retention_table(analysis: Analysis) -> Table:
+    """Where in the prompt the kept entries lie."""
+    columns = (
+        POLICY,
+        BUDGET,
+        Column("first tenth", "% of kept"),
+        Column("last tenth", "% of kept"),
+        Column("mean position", "0 start, 1 end"),
+        Column("KL to uniform", "nats"),
+        Column("Gini", "0 even"),
+        Column("first tenth", "% of heavy", key="first tenth of heavy"),
+        Column("last tenth", "% of heavy", key="last tenth of heavy"),
+        Column("drift", "% lost later"),
+    )
+    rows = []
+    for row in analysis.rows:
+        found: dict[str, Any] = row.run.metrics.get("retention") or {}
+        heavy: dict[str, Any] = found.get("heavy") or {}
+        tenths, heavy_tenths = (x.get("decile_shares") or [None] * 10 for x in (found, heavy))
+        rows.append(
+            (
+                *_heads(row),
+                *(_plain(None if x is None else 100 * x, 1) for x in (tenths[0], tenths[-1])),
+                *(_plain(found.get(name), 2) for name in ("mean_position", "kl_uniform", "gini")),
+                *(_plain(None if x is None else 100 * x, 1) for x in (heavy_tenths[0], heavy_tenths[-1])),
+                _plain(None if found.get("drift") is None else 100 * found["drift"], 1),
+            )
+        )
+    note = (
+        "After the prompt, mean over heads, layers, samples. Heavy: without the recent window that all "
+        "heads keep. Drift: share of those positions no longer held when decoding ended."
+    )
+    return Table("retention", "Where the kept entries lie", columns, tuple(rows), _breaks(analysis), note)
+
+
+# --- cells ---
+
+
+def mebibytes(value: float | None) -> Cell:
+    return _plain(None if value is None else value / 2**20, 2)
+
+
+def _heads(row: Row) -> list[Cell]:
+    budget = "–" if row.run.full else show_budget(row.run.budget)
+    return [Cell(row.run.label), Cell(budget, None if row.run.full else row.run.budget)]
+
+
+def _interval(interval: Interval, mark: str, digits: int = 1) -> Cell:
+    text = f"{number(interval.estimate, digits)}{mark} {between(interval, digits)}".strip()
+    return Cell(text, interval.estimate, (interval.low, interval.high))
+
+
+def _difference(difference: Difference | None, pairs: bool) -> list[Cell]:
+    if difference is None:
+        return [_missing()] * (4 if pairs else 3)
+    interval = difference.interval
+    text = f"{signed(interval.estimate)} {between(interval)}".strip()
+    return [
+        Cell(text, interval.estimate, (interval.low, interval.high), bold=difference.clear),
+        Cell(number(interval.stderr, 2), interval.stderr),
+        *([Cell(str(interval.n), interval.n)] if pairs else []),
+        Cell(p_value(difference.p_holm), difference.p_holm),
+    ]
+
+
+def _plain(value: float | None, digits: int) -> Cell:
+    return Cell(number(value, digits), value)
+
+
+def _missing() -> Cell:
+    return Cell("–")
+
+
+def _budgeted(row: Row) -> bool:
+    return not row.run.full
+
+
+def _loss(value: float, full: float) -> float | None:
+    return min(max((full - value) / full, 0.0), 1.0) if full > 0 and not math.isnan(value) else None
+
+
+def _usual_n(analysis: Analysis, task: str) -> int:
+    counts = Counter(row.tasks[task][1] for row in analysis.rows if task in row.tasks)
+    return max(counts, key=lambda n: (counts[n], n)) if counts else 0
+
+
+def _metric(analysis: Analysis, task: str) -> str:
+    described = (row.run.metrics.get("tasks", {}).get(task, {}).get("metric") for row in analysis.rows)
+    name = next((str(m) for m in described if m), "")
+    return f"{name}, " if name else ""
+
+
+def _winners(analysis: Analysis, task: str | None) -> set[int]:
+    """Rows that share the best score of their budget, where they rest on equally many samples."""
+    best: set[int] = set()
+    for budget in analysis.study.budgets:
+        rows = analysis.at(budget)
+        if task is None:
+            scored = [(row, row.average.estimate) for row in rows if not row.odd]
+        else:
+            usual = _usual_n(analysis, task)
+            scored = [(r, r.tasks[task][0]) for r in rows if task in r.tasks and r.tasks[task][1] == usual]
+        scored = [(row, score) for row, score in scored if not math.isnan(score)]
+        if len(scored) > 1:
+            top = max(score for _, score in scored)
+            best |= {id(row) for row, score in scored if score > top - 1e-9}
+    return best
+
+
+def _breaks(analysis: Analysis) -> frozenset[int]:
+    def group(row: Row) -> Any:
+        return "full" if row.run.full else row.run.budget
+
+    rows: Sequence[Row] = analysis.rows
+    return frozenset(i for i in range(1, len(rows)) if group(rows[i]) != group(rows[i - 1]))
+
+
+def _odd(analysis: Analysis) -> str:
+    return f" {DAGGER}: on other samples than most runs." if any(row.odd for row in analysis.rows) else ""

@@ -1,0 +1,304 @@
+"""LongBench's rows and prompts: read as the official runner reads them, and bad files."""
+
+import http.server
+import io
+import json
+import os
+import subprocess
+import sys
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evals import longbench
+from evals.errors import DataError
+from evals.longbench_files import unpack
+from evals.tasks import load_samples, task_names
+
+ROOT = Path(__file__).resolve().parents[1]
+PROMPTS = {"hotpotqa": "Passages:\n{context}\nQ: {input}\nA: ", "lcc": "Code \n{context}Next:\n"}
+LENGTHS = {"hotpotqa": 32, "lcc": 64}
+
+
+def row(**changes: Any) -> dict[str, Any]:
+    return {
+        "input": "who?",
+        "context": "a {brace} text",
+        "answers": ["me"],
+        "all_classes": None,
+        "length": 3,
+        "_id": "x1",
+    } | changes
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "dataset2prompt.json").write_text(json.dumps(PROMPTS))
+    (tmp_path / "config" / "dataset2maxlen.json").write_text(json.dumps(LENGTHS))
+    rows = [row(_id=f"x{i}", input=f"who {i}?") for i in range(3)]
+    (tmp_path / "data" / "hotpotqa.jsonl").write_text("\n".join(json.dumps(r) for r in rows) + "\n\n")
+    return tmp_path
+
+
+def load(folder: Path, name: str = "hotpotqa", limit: int | None = None, **options: Any) -> list[Any]:
+    return load_samples("longbench", [name], limit, str(folder), 0, **options)
+
+
+def test_all_real_rows_make_the_official_prompt(shared: Callable[[str], Path]) -> None:
+    place = shared("data/longbench")
+    prompts = json.loads((place / "config/dataset2prompt.json").read_text(encoding="utf-8"))
+    lengths = json.loads((place / "config/dataset2maxlen.json").read_text(encoding="utf-8"))
+    samples = load_samples("longbench", None, None, str(place), 0)
+    rows = [
+        (name, json.loads(line))
+        for name in longbench.TASKS
+        for line in (place / f"data/{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        if line.strip()
+    ]
+    assert len(samples) == len(rows) > 100
+    for sample, (name, raw) in zip(samples, rows, strict=True):
+        assert sample.task.name == name
+        assert sample.prompt == prompts[name].format(**raw)
+        assert sample.before.endswith(raw["context"])
+        assert sample.task.max_new_tokens == lengths[name]
+        assert list(sample.answers) == raw["answers"]
+        assert sample.all_classes == (tuple(raw["all_classes"]) if raw["all_classes"] else None)
+        assert sample.length == raw["length"]
+    assert len({(s.task.name, s.id) for s in samples}) == len(samples)
+
+
+def test_task_rules_of_the_official_code() -> None:
+    tasks = {name: longbench.make_task(name, 1) for name in task_names("longbench")}
+    assert len(tasks) == 21
+    assert {n for n, t in tasks.items() if not t.chat} == {
+        "trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"
+    }  # fmt: skip
+    assert {n for n, t in tasks.items() if t.first_line} == {"trec", "triviaqa", "samsum", "lsht"}
+    assert [(n, t.min_new_tokens) for n, t in tasks.items() if t.stop_at_newline] == [("samsum", 1)]
+    assert len(task_names("longbench_en")) == 16
+    assert task_names("longbench_zh") == [
+        "multifieldqa_zh",
+        "dureader",
+        "vcsum",
+        "lsht",
+        "passage_retrieval_zh",
+    ]
+
+
+def test_a_language_group_is_a_suite(shared: Callable[[str], Path]) -> None:
+    samples = load_samples("longbench_zh", None, 1, str(shared("data/longbench")), 0)
+    assert [s.task.name for s in samples] == task_names("longbench_zh")
+    with pytest.raises(DataError, match="no task of suite longbench_zh"):
+        load_samples("longbench_zh", ["hotpotqa"], 1, None, 0)
+
+
+def test_a_larger_limit_extends_a_smaller_one(folder: Path) -> None:
+    assert load(folder, limit=2) == load(folder)[:2]
+    assert len(load(folder, limit=99)) == 3
+
+
+def test_environment_variable_names_the_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LONGBENCH_DIR", str(folder))
+    assert len(load_samples("longbench", ["hotpotqa"], None, None, 0)) == 3
+    monkeypatch.setenv("LONGBENCH_DIR", str(folder / "nowhere"))
+    with pytest.raises(DataError, match=r"LONGBENCH_DIR=.*no such folder"):
+        load_samples("longbench", ["hotpotqa"], None, None, 0)
+
+
+def test_texts_that_look_like_dates_stay_texts(folder: Path) -> None:
+    """datasets' own JSON reader makes datetime objects of such a column."""
+    dates = row(input="2015-03-04", answers=["2015-03-05"])
+    (folder / "data/lcc.jsonl").write_text(json.dumps(dates))
+    (sample,) = load(folder, "lcc")
+    assert sample.answers == ("2015-03-05",)
+
+
+def without(name: str) -> str:
+    return json.dumps({key: value for key, value in row().items() if key != name})
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"input": "a", "cont', "broken JSON"),
+        (without("context"), "field 'context' is missing"),
+        (without("input"), "field 'input' is missing"),
+        (without("answers"), "field 'answers' is missing"),
+        (json.dumps(row(answers="me")), "field 'answers' must be a list of one or more strings"),
+        (json.dumps(row(answers=[])), "field 'answers' must be"),
+        (json.dumps(row(context=None)), "field 'context' must be a string"),
+        (json.dumps(row(all_classes="a")), "field 'all_classes' must be"),
+        (json.dumps(row(length="3")), "field 'length' must be"),
+        ('["a"]', "expected a JSON object, found list"),
+        (r'{"input": "\ud800", "context": "", "answers": ["a"]}', "not UTF-8 text"),
+    ],
+)
+def test_a_broken_row_is_named_by_file_and_line(line: str, message: str, folder: Path) -> None:
+    (folder / "data/lcc.jsonl").write_text(json.dumps(row()) + "\n\n" + line + "\n")
+    with pytest.raises(DataError) as caught:
+        load(folder, "lcc", limit=1)
+    assert str(caught.value).startswith(f"{folder}/data/lcc.jsonl, line 3: ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_files_and_settings(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LONGBENCH_DIR", raising=False)
+
+    def message(name: str = "hotpotqa", **options: Any) -> str:
+        with pytest.raises(DataError) as caught:
+            load(folder, name, **options)
+        return str(caught.value)
+
+    assert "lcc.jsonl is missing, which task lcc reads" in message("lcc")
+    assert "valid: narrativeqa, qasper" in message("nonsense")
+    assert "limit=0" in message(limit=0)
+    assert "tasks.nonsense: no setting of suite longbench" in message(nonsense=1)
+    assert "tasks.config_dir" in message(config_dir=str(folder / "data"))
+    (folder / "data/lcc.jsonl").write_text("\n")
+    assert "holds no rows" in message("lcc")
+    (folder / "data/qasper.jsonl").write_text(json.dumps(row()))
+    assert "dataset2prompt.json has no entry for task qasper" in message("qasper")
+    (folder / "config/dataset2maxlen.json").write_text('{"hotpotqa": "32"}')
+    assert "dataset2maxlen.json: must be a JSON object of task names to int" in message()
+    (folder / "config/dataset2prompt.json").write_text('{"hotpotqa": "{contxt}"}')
+    assert "has no {context}" in message()
+    (folder / "config/dataset2prompt.json").write_text('{"hotpotqa": "{context} {question}"}')
+    assert "is malformed" in message()
+    (folder / "config/dataset2prompt.json").write_text("{")
+    assert "dataset2prompt.json: broken JSON" in message()
+    (folder / "config/dataset2prompt.json").unlink()
+    assert "tasks.config_url=ftp://x" in message(config_url="ftp://x")
+    with pytest.raises(DataError, match="suite=nonsense: unknown; valid: pocket"):
+        load_samples("nonsense", None, None, None, 0)
+    with pytest.raises(DataError, match=r"tasks.data_dir=/no/where: no such folder"):
+        load_samples("longbench", None, None, "/no/where", 0)
+
+
+def archive(**files: str) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as package:
+        for name, text in files.items():
+            package.writestr(name, text)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "name", ["../evil.jsonl", "data/../../evil.jsonl", "/evil.jsonl", "..\\evil.jsonl", "C:/evil.jsonl"]
+)
+def test_an_archive_that_reaches_outside_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "data.zip").write_bytes(archive(**{"data/lcc.jsonl": "{}", name: "evil"}))
+    with pytest.raises(DataError, match="names a path outside of itself"):
+        unpack(tmp_path / "data.zip", tmp_path / "cache" / "target")
+    assert not list(tmp_path.rglob("*evil*"))
+    assert not (tmp_path / "cache" / "target").exists()
+
+
+def test_broken_and_empty_archives(tmp_path: Path) -> None:
+    (tmp_path / "data.zip").write_bytes(b"PK nonsense")
+    with pytest.raises(DataError, match="not a readable zip archive"):
+        unpack(tmp_path / "data.zip", tmp_path / "target")
+    (tmp_path / "data.zip").write_bytes(archive(**{"readme.txt": "hello"}))
+    with pytest.raises(DataError, match=r"holds no data/<task>\.jsonl"):
+        unpack(tmp_path / "data.zip", tmp_path / "target")
+    assert not (tmp_path / "target").exists()
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Stands in for the hub and for the GitHub file server."""
+
+    files: dict[str, bytes]
+    log: list[str]
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        if not self.path.startswith("/api/"):  # what the client asks about itself
+            self.log.append(self.path)
+        self.answer(body=True)
+
+    def answer(self, body: bool) -> None:
+        content = self.files.get(self.path)
+        self.send_response(404 if content is None else 200)
+        content = content or b""
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("ETag", '"0123456789abcdef"')
+        self.send_header("X-Repo-Commit", "f" * 40)
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def hub() -> Iterator[tuple[str, type[Hub]]]:
+    handler = type("OneHub", (Hub,), {"files": {}, "log": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}", handler
+    server.shutdown()
+    server.server_close()
+
+
+LOAD = """
+import sys
+from evals.errors import DataError
+from evals.tasks import load_samples
+try:
+    samples = load_samples("longbench", ["hotpotqa"], None, None, 0, config_url=sys.argv[1])
+    print(len(samples), samples[0].task.max_new_tokens, repr(samples[0].prompt))
+except DataError as error:
+    print("DataError:", error)
+"""
+
+
+def run_load(config_url: str, home: Path, **environment: str) -> str:
+    """In a process of its own: huggingface_hub reads its environment once, when it is imported."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "LONGBENCH", "KVBENCH"))}
+    clean |= {"HF_HOME": str(home / "hf"), "KVBENCH_CACHE": str(home / "own"), "NO_PROXY": "127.0.0.1"}
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, config_url],
+        cwd=ROOT, env=clean | environment, capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    return done.stdout.strip().splitlines()[-1]
+
+
+def test_download_once_from_a_stand_in_for_the_hub(hub: tuple[str, type[Hub]], tmp_path: Path) -> None:
+    address, handler = hub
+    rows = json.dumps(row())
+    handler.files |= {
+        "/datasets/zai-org/LongBench/resolve/main/data.zip": archive(
+            **{"data/hotpotqa.jsonl": rows, "data/hotpotqa_e.jsonl": rows, "README.md": "x"}
+        ),
+        "/config/dataset2prompt.json": json.dumps(PROMPTS).encode(),
+        "/config/dataset2maxlen.json": json.dumps(LENGTHS).encode(),
+    }
+    expected = "1 32 " + repr("Passages:\na {brace} text\nQ: who?\nA: ")
+    assert run_load(f"{address}/config", tmp_path, HF_ENDPOINT=address) == expected
+    assert len(handler.log) == 3
+    assert run_load(f"{address}/config", tmp_path, HF_ENDPOINT=address) == expected
+    assert len(handler.log) == 3, "a second run downloads nothing"
+    assert run_load(f"{address}/config", tmp_path, HF_HUB_OFFLINE="1") == expected
+
+
+def test_missing_data_without_network_names_path_and_command(hub: tuple[str, type[Hub]], tmp_path: Path) -> None:
+    address, handler = hub
+    line = run_load(f"{address}/config", tmp_path, HF_ENDPOINT=address, HF_HUB_OFFLINE="1")
+    assert line.startswith("DataError: LongBench rows: data.zip of zai-org/LongBench could not be fetched")
+    assert "hf download zai-org/LongBench data.zip --repo-type dataset" in line
+    assert "tasks.data_dir" in line and "LONGBENCH_DIR" in line
+    line = run_load(f"{address}/config", tmp_path, HF_ENDPOINT=address)  # the repository is not there: 404
+    assert line.startswith("DataError: LongBench rows: ")
+    handler.files["/datasets/zai-org/LongBench/resolve/main/data.zip"] = archive(**{"data/hotpotqa.jsonl": "{}"})
+    line = run_load(f"{address}/config", tmp_path, HF_ENDPOINT=address)
+    assert "dataset2prompt.json: missing and could not be fetched" in line
+    assert f"Save {address}/config/dataset2prompt.json there" in line and "tasks.config_dir" in line

