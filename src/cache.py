@@ -35,6 +35,7 @@ class DecodeStep:
         positions: original positions of the cached tokens, `(lanes, kv_heads, slots)`, -1 where empty.
         position: original position of the incoming token, `(lanes,)`.
         budget: entries per KV head that this policy was given.
+        limit: the most entries per KV head the cache may ever hold (`Policy.limit`).
         t: tokens appended since the prompt was cut, before this one.
         layer: index of the layer.
         scaling: factor between `q @ k` and `logits`.
@@ -49,6 +50,7 @@ class DecodeStep:
     positions: Tensor
     position: Tensor
     budget: int
+    limit: int | None
     t: int
     layer: int
     scaling: float

@@ -165,6 +165,7 @@ class Pool:
                 positions=cache.positions[rows],
                 position=position[rows],
                 budget=m.cell.budget,
+                limit=cache.limit,
                 t=t,
                 layer=layer,
                 scaling=scaling,
