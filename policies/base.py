@@ -32,6 +32,8 @@ class ModelShape:
     layers: int
     kv_heads: int
     head_dim: int
+    dtype: torch.dtype
+    device: torch.device
 
 
 @dataclass

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from evals.metrics import extra_scores, score_sample
 from evals.prompts import Prompt, encode
 from evals.tasks import Sample, load_samples
+from src.binding import bind
 from src.engine import Engine
 from src.environment import environment
 from src.errors import InputError
@@ -90,7 +91,7 @@ class Session:
         self.interrupted = False
         self.failed = 0
         tracking = Tracking(**cfg.wandb)
-        self.cells = [self._open(cell, tracking) for cell in cells]
+        self.cells = [self._open(cell, tracking) for cell in bind(cells, self.model)]
 
     def run(self) -> int:
         """All samples that any cell lacks; returns the exit code: 0, 1 (samples failed), 130 (interrupted)."""
@@ -274,6 +275,7 @@ class Session:
             "extra_scores": extra_scores(sample.task, prediction, sample.answers),
             "kept": {"prompt": entries(result.kept_prompt), "end": entries(result.kept_end)},
             "kv_bytes": result.kv_bytes,
+            **{f"kv_bytes_{k}": v for k, v in result.kv_bytes_by_device.items() if len(result.kv_bytes_by_device) > 1},
             "kv_bytes_peak": result.kv_bytes_peak,
             "kv_bytes_full": result.kv_bytes_full,
             "bookkeeping_bytes": result.bookkeeping_bytes,
@@ -282,6 +284,7 @@ class Session:
             "decode_seconds": result.decode_seconds,
             "lanes": result.lanes,
             "fidelity": result.fidelity,
+            **result.extra,
         }
 
 
