@@ -98,7 +98,7 @@ def test_of_another_model(tmp_path: Path, other: dict[str, Any], names: str) -> 
 
 
 def test_refused_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no codebooks at .*python -m src.codebooks model=tiny groups=4 centroids=8"):
+    with pytest.raises(InputError, match=r"no codebooks at .*python -m src.codebooks model=tiny groups=4 centroids=8"):
         load_codebooks(None, SHAPE, 4, 8)
     path = saved(tmp_path / "x.safetensors")
     with pytest.raises(InputError, match="groups=4, this run has groups=8"):
