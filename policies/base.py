@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from src.prompt_attention import PromptAttention
 
 
+Foresight = Literal["generated", "reference"]  # which answer: the full cache's own, or the task's first reference
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """What a policy may know about the model (`Policy.bind`)."""
@@ -77,18 +80,28 @@ class Policy(ABC):
             (`split`, `least_decode`, `at`); a user may then give `budget={prompt: .., decode: ..}`.
         own_pool: lanes of this policy share their cache with no other policy's. Needed by those that give
             `room`, `prune` or `make_cache`.
+        may_refuse: `evict` may turn the incoming token away instead of giving it a slot.
     """
 
     evicts_while_decoding: ClassVar[bool] = False
     uses_budget: ClassVar[bool] = True
     uses_decode_budget: ClassVar[bool] = False
     own_pool: ClassVar[bool] = False
+    may_refuse: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check every setting against its annotation; ValueError names the setting and what would be valid."""
         hints = get_type_hints(type(self))
         for setting in fields(self):
             check(setting.name, getattr(self, setting.name), hints[setting.name])
+
+    @property
+    def foresees(self) -> Foresight | None:
+        """The answer whose attention to the prompt (`PromptAttention.answer_attention`) the policy must know.
+
+        Then a run with the full cache comes first. None, as for every policy that could be deployed.
+        """
+        return None
 
     def least_budget(self) -> int:
         """The smallest budget (tokens per layer and KV head) with which the policy makes sense."""
@@ -159,7 +172,10 @@ class Policy(ABC):
         return limit
 
     def evict(self, step: DecodeStep, state: State) -> Tensor:
-        """The slot that the incoming token takes when there is no room, `(lanes, kv_heads)`, int64."""
+        """The slot that the incoming token takes when there is no room, `(lanes, kv_heads)`, int64.
+
+        With `may_refuse`, the number of slots (the incoming token's column) means that it gets none.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not evict while decoding")
 
     def measures(self, states: list[State], lane: int) -> dict[str, Any]:

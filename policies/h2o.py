@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from policies.base import ScorePolicy, State, lowest_slot
@@ -26,12 +27,17 @@ class H2O(ScorePolicy):
 
     Args:
         heavy_share: part of the budget for heavy hitters; the rest is recent. The paper halves it.
+        normalise: what S_j is divided by, against its bias towards early tokens: "none" as in the paper; "rows",
+            the number of rows that can see j (kvpress' mean; the bias shrinks but stays); "expectation",
+            E[S_j] under exchangeable logits, the sum of 1 / (tokens that row i sees) over i >= j. After the
+            prompt that is H_n - H_(j-1); a decoding row sees the cached tokens and its own.
 
     With grouped-query attention the scores of a KV head's query heads are averaged, so that there is one kept
     set per KV head (the authors' code has no grouped heads; this is what memory savings need).
     """
 
     heavy_share: float = 0.5
+    normalise: Literal["none", "rows", "expectation"] = "none"
     evicts_while_decoding: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -43,13 +49,35 @@ class H2O(ScorePolicy):
         return budget - min(budget - 1, max(1, round(self.heavy_share * budget)))
 
     def score(self, prompt: PromptAttention, budget: int) -> Tensor:
-        return prompt.column_sums().mean(dim=1)
+        sums = prompt.column_sums().mean(dim=1)
+        return sums if self.normalise == "none" else sums / self._divisor(sums)
 
     def start(self, prompt: PromptAttention, kept: Tensor, budget: int) -> State:
-        return State(slots={"score": self.score(prompt, budget).gather(-1, kept)})
+        sums = prompt.column_sums().mean(dim=1)
+        state = State(slots={"score": sums.gather(-1, kept)})
+        if self.normalise != "none":
+            state.slots["divisor"] = self._divisor(sums).expand_as(sums).gather(-1, kept)
+        return state
 
     def observe(self, step: DecodeStep, state: State) -> None:
         state.slots["score"] += step.weights.mean(dim=2)
+        if self.normalise == "rows":
+            state.slots["divisor"] += 1
+        elif self.normalise == "expectation":
+            seen = (step.positions[:, :1] >= 0).sum(dim=-1, keepdim=True) + 1
+            state.slots["divisor"] += 1 / seen
 
     def evict(self, step: DecodeStep, state: State) -> Tensor:
-        return lowest_slot(state.slots["score"][..., :-1], self.protect_recent(step))
+        return lowest_slot(self.current(state)[..., :-1], self.protect_recent(step))
+
+    def current(self, state: State) -> Tensor:
+        """The score of every cached token, and in the last column of the incoming one."""
+        score = state.slots["score"]
+        return score if self.normalise == "none" else score / state.slots["divisor"]
+
+    def _divisor(self, sums: Tensor) -> Tensor:
+        """What each token's sum over the prompt's rows is divided by, `(n,)`."""
+        n = sums.shape[-1]
+        seen = torch.arange(1, n + 1, device=sums.device, dtype=sums.dtype)  # tokens that each row sees
+        rows = torch.ones_like(seen) if self.normalise == "rows" else 1 / seen
+        return rows.flip(0).cumsum(0).flip(0)

@@ -162,10 +162,10 @@ class LayerCache:
         """
         lanes, kv_heads, group, dim = query.shape
         query = (query * scaling).reshape(-1, group, dim)
-        logits = query.new_empty(lanes * kv_heads, group, self.slots + 1)
-        torch.bmm(query, self.keys.flatten(0, 1).transpose(1, 2), out=logits[..., :-1])
-        torch.bmm(query, key.reshape(-1, dim, 1), out=logits[..., -1:])
-        logits = precise(logits.view(lanes, kv_heads, group, -1))
+        # One contiguous product each: a product written into a slice would run batch by batch on a CPU.
+        cached = torch.bmm(query, self.keys.flatten(0, 1).transpose(1, 2))
+        own = torch.bmm(query, key.reshape(-1, dim, 1))
+        logits = precise(torch.cat([cached, own], dim=-1)).view(lanes, kv_heads, group, -1)
         return logits if self.mask is None else logits.add_(self.mask)
 
     def mix(self, weights: Tensor, value: Tensor) -> Tensor:
@@ -198,7 +198,15 @@ class LayerCache:
             return free
         return torch.where(free < (self.slots if room is None else room), free, victims)
 
-    def write(self, slot: Tensor, key: Tensor, value: Tensor, position: Tensor, room: int | None = None) -> None:
+    def write(
+        self,
+        slot: Tensor,
+        key: Tensor,
+        value: Tensor,
+        position: Tensor,
+        room: int | None = None,
+        may_refuse: bool = False,
+    ) -> None:
         """Put the incoming token into a slot of every lane and KV head.
 
         Args:
@@ -206,11 +214,17 @@ class LayerCache:
             key, value: `(lanes, kv_heads, head_dim)`.
             position: the token's original position, `(lanes,)`.
             room: as for `place`.
+            may_refuse: a slot past the last one means that the token is not stored.
         """
         lane = torch.arange(slot.shape[0], device=slot.device)[:, None]
         at = (lane, torch.arange(slot.shape[1], device=slot.device)[None], slot)
-        self.put(at, key, value)
-        self.positions[at] = position[:, None].to(torch.int32)
+        where, stored = position[:, None].to(torch.int32), None
+        if may_refuse:  # what stands in the last slot is written back
+            stored = slot < self.slots
+            at = (*at[:2], slot.clamp_max(self.slots - 1))
+            where = torch.where(stored, where, self.positions[at])
+        self.put(at, key, value, stored)
+        self.positions[at] = where
         if self.mask is not None:  # a lane that was not full filled one more slot, the same for all its heads
             self.mask[:, 0, 0].scatter_(-1, slot[:, :1], 0.0)  # a Python number: the host does not wait
             room = self.slots if room is None else room
@@ -220,10 +234,13 @@ class LayerCache:
             if all(used == self.slots for used in self.used):
                 self.mask = None
 
-    def put(self, at: tuple[Tensor, ...], key: Tensor, value: Tensor) -> None:
-        """Store a key and a value `(lanes, kv_heads, head_dim)` at these indices."""
-        self.keys[at] = key
-        self.values[at] = value
+    def put(self, at: tuple[Tensor, ...], key: Tensor, value: Tensor, stored: Tensor | None) -> None:
+        """Store a key and a value `(lanes, kv_heads, ...)` at these indices, except where `stored` is False."""
+        for target, new in ((self.keys, key), (self.values, value)):
+            index, new = tuple(i.to(target.device) for i in at), new.to(target.device)
+            if stored is not None:
+                new = torch.where(stored[..., None].to(target.device), new, target[index])
+            target[index] = new
 
     def keep(self, slots: Tensor) -> None:
         """Keep only these slots `(lanes, kv_heads, k)` of every lane, moved to the front; memory stays for reuse."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,17 +73,24 @@ class Fork:
 
 
 class Prefill:
-    """A prompt's forward pass: full causal attention, and every cell's cut of each layer right after it."""
+    """A prompt's forward pass: full causal attention, and every cell's cut of each layer right after it.
 
-    def __init__(self, cells: Sequence[Cell], layers: int, length: int) -> None:
+    Args:
+        foreseen: per layer, for policies that look ahead: see `src.foresight`.
+    """
+
+    def __init__(
+        self, cells: Sequence[Cell], layers: int, length: int, foreseen: Sequence[Mapping[str, Tensor]] = ()
+    ) -> None:
         self.forks = [Fork(cell, length) for cell in cells]
-        self.layers, self.longest = layers, length
+        self.layers, self.longest, self.foreseen = layers, length, foreseen
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, attention: Attention
     ) -> Tensor:
         """All prompt tokens at once: `(1, heads, n, head_dim)` in, `(1, n, heads, head_dim)` out."""
-        prompt = PromptAttention(query[0], key[0], value[0], scaling, layer, self.layers)
+        foreseen = self.foreseen[layer] if self.foreseen else None
+        prompt = PromptAttention(query[0], key[0], value[0], scaling, layer, self.layers, foreseen)
         for fork in self.forks:
             fork.add_layer(prompt)
         return attention(query, key, value)
@@ -196,7 +203,7 @@ class Pool:
         slot = cache.place(torch.cat(victims) if victims else None, room)
         for m in self.members:
             settle(m.states[layer], slot[m.start : m.stop])
-        cache.write(slot, key, value, position, room)
+        cache.write(slot, key, value, position, room, any(m.cell.policy.may_refuse for m in self.members))
         return out
 
     def room(self, layer: int, t: int) -> int | None:
@@ -228,7 +235,7 @@ class LaneBatch:
 
     Attributes:
         t: tokens that every lane has taken since its prompt was cut.
-        position: original position of each lane's incoming token, `(lanes,)`; set before every step.
+        position: original position of each lane's incoming token, `(lanes,)`, int32; set before every step.
         longest: the longest text of any lane so far, in tokens.
     """
 

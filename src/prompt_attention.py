@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 
 import torch
@@ -23,13 +23,24 @@ class PromptAttention:
         scaling: what the model multiplies `q @ k` by, usually `head_dim ** -0.5`.
         layer: index of the layer, from 0.
         layers: how many layers the model has.
+        foreseen: for policies that look ahead, the attention of the coming answer (`answer_attention`).
 
     Everything here is exact and causal, and no tensor of `n x n` elements is ever made.
     """
 
-    def __init__(self, queries: Tensor, keys: Tensor, values: Tensor, scaling: float, layer: int, layers: int) -> None:
+    def __init__(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scaling: float,
+        layer: int,
+        layers: int,
+        foreseen: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.queries, self.keys, self.values = queries, keys, values
         self.scaling, self.layer, self.layers = scaling, layer, layers
+        self._foreseen = foreseen or {}
         self._memo: dict[object, Tensor] = {}
 
     @property
@@ -86,6 +97,13 @@ class PromptAttention:
     def value_norms(self, kind: str = "l2_squared") -> Tensor:
         """Norm of every value vector, `(kv_heads, n)`, float32. `kind`: l2_squared, l2 or l1."""
         return self.once(("norm", kind), lambda: vector_norm(self.values, kind))
+
+    def answer_attention(self, kind: str) -> Tensor:
+        """Attention that every prompt token will receive from the coming answer, `(kv_heads, group, n)`, summed.
+
+        Found by a run with the full cache, and only for the `kind` that a policy's `foresees` names.
+        """
+        return self._foreseen[kind]
 
     @cached_property
     def _scaled_queries(self) -> Tensor:

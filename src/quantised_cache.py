@@ -82,12 +82,10 @@ class SplitCache(LayerCache):
         cached = weighted_sum(weights[..., :-1], self.values).to(value.device)
         return cached + weights[..., -1:] * value[:, :, None]
 
-    def put(self, at: tuple[Tensor, ...], key: Tensor, value: Tensor) -> None:
+    def put(self, at: tuple[Tensor, ...], key: Tensor, value: Tensor, stored: Tensor | None) -> None:
         if self.centroids is not None:
             key = encode(key[:, :, None], self.centroids)[:, :, 0].to(self.index_type)
-        self.keys[at] = key
-        place = self.values.device
-        self.values[tuple(index.to(place) for index in at)] = value.to(place)
+        super().put(at, key, value, stored)
 
     def ensure_room(self) -> int:
         added = super().ensure_room()

@@ -26,10 +26,13 @@ from evals.errors import DataError
 from evals.tasks import task_names
 from policies.base import Policy
 from src.errors import InputError
+from src.help import register_help
 from src.jobs import Budget, SplitBudget, Variant
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 SUITES = ("pocket", "longbench", "longgenbench")
+EXTRAS = {"submitit_slurm": "slurm", "submitit_local": "slurm", "ray": "ray", "ray_aws": "ray"}  # launcher -> extra
+INTERRUPTED = 130  # the exit code of whatever Ctrl-C has ended
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,9 @@ def main(config_name: str, job: Callable[[DictConfig], int]) -> int:
     Returns:
         The exit code, the largest of all jobs': 0, 1 (samples failed), 2 (a setting or an input is wrong).
     """
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us as exceptions
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us as exceptions
     register_tasks()
+    register_help()
     codes: list[int] = []
 
     def collect(cfg: DictConfig) -> int:
@@ -74,6 +78,12 @@ def main(config_name: str, job: Callable[[DictConfig], int]) -> int:
             codes.append(job(cfg))
         except (InputError, DataError) as error:
             codes.append(complain(which + str(error)))
+        except OmegaConfBaseException as error:
+            codes.append(complain(which + explain(error, config_name, sys.argv[1:])))
+        if codes[-1] == INTERRUPTED:
+            raise KeyboardInterrupt  # ends the jobs that were to follow, too
+        if several and codes[-1] == 1:
+            print(f"{which}some samples failed", file=sys.stderr)
         return codes[-1]
 
     collect.__module__, collect.__qualname__ = job.__module__, job.__qualname__
@@ -82,7 +92,7 @@ def main(config_name: str, job: Callable[[DictConfig], int]) -> int:
     except (HydraException, OmegaConfBaseException) as error:
         return complain(explain(error, config_name, sys.argv[1:]))
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     return max(codes, default=0)
 
 
@@ -105,6 +115,8 @@ def explain(error: Exception, config_name: str, arguments: list[str]) -> str:
     """Hydra's message as one line: the setting, its value and what would be valid."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, value = str(error.missing_cfg_file).rpartition("/")
+        if group == "hydra/launcher" and value in EXTRAS:
+            return f"hydra/launcher={value}: its package is missing; `pip install '.[{EXTRAS[value]}]'` brings it"
         valid = ", ".join(sorted(o for o in error.options or [] if not o.startswith("_")))
         return f"{group or 'config'}={value}: no such configuration; valid: {valid}"
     cause = error.__cause__ or error
@@ -141,22 +153,25 @@ class composing:
         GlobalHydra.instance().hydra = self._before
 
 
-def policy_config(spec: str | Mapping[str, Any]) -> DictConfig:
+def policy_config(spec: str | Mapping[str, Any], seed: int = 0) -> DictConfig:
     """`snapkv` or `{name: snapkv, kernel: 1}` as the composed config of that policy.
+
+    Args:
+        seed: the run's, for policies that draw random numbers.
 
     Raises:
         InputError: an unknown policy or option; the valid ones are named.
     """
-    options = {"name": spec} if isinstance(spec, str) else dict(spec)
+    options = {"name": spec} if isinstance(spec, str) else dict(spec) if isinstance(spec, Mapping) else {}
     name = options.pop("name", None)
     if name is None:
         raise InputError(f"policies: {spec} has no name; valid: a policy's name or {{name: ..., option: value}}")
-    overrides = [f"policy={name}"]
+    overrides = [f"policy={name}", f"seed={seed}"]
     if HydraConfig.initialized():  # a folder of the user's own policies
         sources = HydraConfig.get().runtime.config_sources
-        extra = [s.path for s in sources if s.schema == "file" and Path(s.path) != CONF]
+        extra = [f"{s.schema}://{s.path}" for s in sources if s.provider not in ("hydra", "main", "schema")]
         if extra:
-            overrides.append(f"hydra.searchpath=[{','.join('file://' + path for path in extra)}]")
+            overrides.append("hydra.searchpath=[" + ",".join(map(quoted, extra)) + "]")
     try:
         with composing():
             node = compose("config", overrides=overrides).policy
@@ -167,6 +182,11 @@ def policy_config(spec: str | Mapping[str, Any]) -> DictConfig:
         valid = ", ".join(sorted(str(k) for k in node if k not in ("name", "_target_")))
         raise InputError(f"policies: {name} has no option {unknown[0]!r}; valid: {valid or 'none'}")
     return OmegaConf.merge(node, options)  # type: ignore[return-value]
+
+
+def quoted(value: str) -> str:
+    """For Hydra's override grammar."""
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def make_cell(policy: DictConfig, budget: Budget | None, shown: str = "") -> CellConfig:
@@ -192,7 +212,7 @@ def make_cell(policy: DictConfig, budget: Budget | None, shown: str = "") -> Cel
 
 
 def parse_budget(value: Any) -> Budget:
-    """A budget as given: a whole number of entries, a share of the prompt, or `{prompt: .., decode: ..}` of these.
+    """A budget as given: entries above 1, a share of the prompt up to 1 (1 is all of it), or {prompt: .., decode: ..}.
 
     Raises:
         InputError: anything else.

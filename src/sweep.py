@@ -14,12 +14,13 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from src.checks import check_settings
 from src.errors import InputError
 from src.session import Session, show_results
 from src.settings import CellConfig, main, make_cell, parse_budget, policy_config
 
 
-def grid(policies: Any, budgets: Any) -> list[CellConfig]:
+def grid(policies: Any, budgets: Any, seed: int = 0) -> list[CellConfig]:
     """All cells; a policy without a budget has one.
 
     Raises:
@@ -34,7 +35,7 @@ def grid(policies: Any, budgets: Any) -> list[CellConfig]:
         raise InputError("policies=[]: the grid is empty; valid: at least one policy")
     cells: list[CellConfig] = []
     for spec in policies:
-        policy = policy_config(spec)
+        policy = policy_config(spec, seed)
         options = [] if isinstance(spec, str) else [f"{k}={v}" for k, v in spec.items() if k != "name"]
         shown = " ".join([str(policy.name), *options])
         single = not make_cell(policy, 1 << 30).variant.policy.uses_budget
@@ -51,7 +52,9 @@ def grid(policies: Any, budgets: Any) -> list[CellConfig]:
 def sweep(cfg: DictConfig) -> int:
     """The job: returns the exit code and prints the folder of all cells' results as the last line."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
-    cells = grid(OmegaConf.to_container(cfg.policies, resolve=True), OmegaConf.to_container(cfg.budgets, resolve=True))
+    check_settings(cfg)
+    plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    cells = grid(plain["policies"], plain["budgets"], cfg.seed)
     session = Session(cfg, cells, lanes=cfg.max_lanes)
     code = session.run()
     show_results(session.cells)

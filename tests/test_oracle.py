@@ -19,7 +19,7 @@ from policies.full import Full
 from policies.h2o import H2O
 from policies.snapkv import SnapKV
 from policies.streaming_llm import StreamingLLM
-from src.engine import Engine, Lane
+from src.engine import REFERENCE, Engine, Lane
 from src.jobs import Generation, Job, Request, Variant
 from src.lanes import LaneBatch
 
@@ -36,7 +36,7 @@ class WatchedEngine(Engine):
     def _step(self, batch: LaneBatch, lanes: list[Lane], *rest: Any) -> None:
         super()._step(batch, lanes, *rest)
         for row, lane in enumerate(lanes):
-            if lane.targets is None:
+            if lane.targets is None and lane.result.variant is not REFERENCE:
                 caches, at = batch.locate(row)
                 kept = [sort(cache.positions[at, :, : cache.used[at]]) for cache in caches]
                 self.kept.setdefault(id(lane.result), []).append(kept)

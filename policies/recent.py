@@ -1,0 +1,31 @@
+"""Recent: a sliding window and nothing else. StreamingLLM without its sinks shows what the sinks are worth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor
+
+from policies.base import Policy, State, keep_all
+
+if TYPE_CHECKING:
+    from src.cache import DecodeStep
+    from src.prompt_attention import PromptAttention
+
+
+@dataclass(frozen=True)
+class Recent(Policy):
+    """Keep the last `budget` tokens ("window attention" in Xiao et al. 2023, arXiv 2309.17453, where it fails).
+
+    Every key keeps its original position; the tokens are contiguous, so positions inside the cache would give the
+    same attention.
+    """
+
+    evicts_while_decoding: ClassVar[bool] = True
+
+    def keep_prompt(self, prompt: PromptAttention, budget: int) -> Tensor:
+        return keep_all(prompt)[:, -budget:]
+
+    def evict(self, step: DecodeStep, state: State) -> Tensor:
+        return step.positions.argmin(dim=-1)

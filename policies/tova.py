@@ -1,0 +1,39 @@
+"""TOVA: what the latest token attends to (Oren et al. 2024, arXiv 2401.06104)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor
+
+from policies.base import Policy, State, keep_all
+
+if TYPE_CHECKING:
+    from src.cache import DecodeStep
+    from src.prompt_attention import PromptAttention
+
+
+@dataclass(frozen=True)
+class TOVA(Policy):
+    """Keep the `budget` tokens with the highest attention of the last query, averaged over all heads of the layer
+
+        s_j = mean over heads h of a^h_nj
+
+    once after the prompt and again at every decoding step, where the token with the lowest s_j of cache and
+    incoming token goes. All heads of a layer keep the same tokens. No token is safe: neither the first ones nor
+    the incoming one, which is turned away when it scores lowest itself (as in the authors' code).
+    """
+
+    evicts_while_decoding: ClassVar[bool] = True
+    may_refuse: ClassVar[bool] = True
+
+    def keep_prompt(self, prompt: PromptAttention, budget: int) -> Tensor:
+        if prompt.length <= budget:
+            return keep_all(prompt)
+        last = prompt.window_weights(1)[:, :, 0].mean(dim=(0, 1))
+        return last.topk(budget).indices.sort().values.expand(prompt.kv_heads, -1)
+
+    def evict(self, step: DecodeStep, state: State) -> Tensor:
+        lowest = step.weights.mean(dim=(1, 2)).argmin(dim=-1)
+        return lowest[:, None].expand(-1, step.keys.shape[1])

@@ -1,0 +1,62 @@
+"""VATP: accumulated attention times the size of the value (Guo et al. 2024, arXiv 2406.12335)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import count
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from policies.base import State, lowest_slot
+from policies.h2o import H2O
+from src.prompt_attention import vector_norm
+
+if TYPE_CHECKING:
+    from src.cache import DecodeStep
+    from src.prompt_attention import PromptAttention
+
+
+@dataclass(frozen=True)
+class VATP(H2O):
+    """H2O with the score
+
+        S_j * ||v_j||_1
+
+    since a token adds a_ij v_j to the output. Sinks have tiny values and would go first, so the first tokens are
+    protected; they are part of the heavy share, as in the authors' code (its other base, Scissorhands, is not here).
+
+    Args:
+        sinks: first tokens that always stay; 20 in the authors' command.
+        heavy_share, normalise: see H2O.
+    """
+
+    sinks: int = 20
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sinks and not self.heavy_share:
+            raise ValueError("heavy_share=0: valid: above 0, the protected first tokens are part of it")
+
+    def least_budget(self) -> int:
+        """The heavy share must hold one token beside the protected ones."""
+        return next(budget for budget in count(2) if budget - self.recent(budget) > self.sinks or not self.sinks)
+
+    def score(self, prompt: PromptAttention, budget: int) -> Tensor:
+        score = super().score(prompt, budget) * prompt.value_norms("l1")
+        score[:, : self.sinks] = torch.inf
+        return score
+
+    def start(self, prompt: PromptAttention, kept: Tensor, budget: int) -> State:
+        state = super().start(prompt, kept, budget)
+        state.slots["norm"] = prompt.value_norms("l1").gather(-1, kept)
+        return state
+
+    def observe(self, step: DecodeStep, state: State) -> None:
+        super().observe(step, state)
+        state.slots["norm"][..., -1] = vector_norm(step.value, "l1")
+
+    def evict(self, step: DecodeStep, state: State) -> Tensor:
+        score = (self.current(state) * state.slots["norm"])[..., :-1]
+        return lowest_slot(score, self.protect_recent(step) | (step.positions < self.sinks))
