@@ -28,7 +28,7 @@ from policies.base import Policy
 from src.cluster import EXTRAS, Outcome, distributed, report, run_job
 from src.errors import InputError
 from src.help import register_help
-from src.jobs import Variant
+from src.jobs import Budget, SplitBudget, Variant
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 SUITES = ("pocket", "longbench", "longgenbench")
@@ -46,7 +46,18 @@ class CellConfig:
 
     @property
     def budget(self) -> int | float | None:
-        return self.variant.budget
+        """One number for tables: of a budget in two parts their sum, or the prompt's part if one is a share."""
+        budget = self.variant.budget
+        if not isinstance(budget, SplitBudget):
+            return budget
+        both = isinstance(budget.prompt, int) and isinstance(budget.decode, int)
+        return budget.prompt + budget.decode if both else budget.prompt
+
+    @property
+    def budget_name(self) -> str:
+        """In folder names: `all` without a budget, `256+64` in two parts."""
+        budget = self.variant.budget
+        return "all" if budget is None else f"{budget:g}" if isinstance(budget, float) else str(budget)
 
 
 def main(config_name: str, job: Callable[[DictConfig], int]) -> int:
@@ -183,7 +194,7 @@ def quoted(value: str) -> str:
     return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
-def make_cell(policy: DictConfig, budget: int | float | None, shown: str = "") -> CellConfig:
+def make_cell(policy: DictConfig, budget: Budget | None, shown: str = "") -> CellConfig:
     """The policy object and its label; `policy` is a config with `name` and `_target_`.
 
     Raises:
@@ -198,17 +209,27 @@ def make_cell(policy: DictConfig, budget: int | float | None, shown: str = "") -
         raise InputError(f"policy={name}: {str(cause).splitlines()[0]}") from None
     if not isinstance(made, Policy):
         raise InputError(f"policy={name}: {settings['_target_']} is not a policies.base.Policy")
-    return CellConfig(
-        name, {"name": name, **settings}, Variant(made, budget if made.uses_budget else None), shown or name
-    )
+    settings = {"name": name, **settings}
+    if isinstance(budget, SplitBudget) and made.uses_budget:
+        settings["decode_budget"] = budget.decode
+        shown = f"{shown or name} decode={budget.decode:g}"
+    return CellConfig(name, settings, Variant(made, budget if made.uses_budget else None), shown or name)
 
 
-def parse_budget(value: Any) -> int | float:
-    """A budget as given: a whole number of entries above 1, or a share of the prompt up to 1 (1 is all of it).
+def parse_budget(value: Any) -> Budget:
+    """A budget as given: entries above 1, a share of the prompt up to 1 (1 is all of it), or {prompt: .., decode: ..}.
 
     Raises:
         InputError: anything else.
     """
+    if isinstance(value, Mapping):
+        if set(value) != {"prompt", "decode"}:
+            raise InputError(f"budget={dict(value)}: valid in two parts: {{prompt: .., decode: ..}}")
+        return SplitBudget(parse_number(value["prompt"]), parse_number(value["decode"]))
+    return parse_number(value)
+
+
+def parse_number(value: Any) -> int | float:
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not number or value <= 0 or (value > 1 and value != int(value)):
         raise InputError(
