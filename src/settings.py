@@ -98,6 +98,8 @@ def main(config_name: str, job: Callable[[DictConfig], int]) -> int:
         return complain(str(error))
     except KeyboardInterrupt:
         return INTERRUPTED
+    except SystemExit as end:  # Hydra ends so after --help
+        return int(end.code or 0)
     return max(codes, default=0)
 
 
