@@ -16,7 +16,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -32,6 +32,7 @@ from src.jobs import Variant
 CONF = Path(__file__).resolve().parents[1] / "conf"
 SUITES = ("pocket", "longbench", "longgenbench")
 EXTRAS = {"submitit_slurm": "slurm", "submitit_local": "slurm", "ray": "ray", "ray_aws": "ray"}  # launcher -> extra
+GROUPS = "policy|model|tasks|experiment"  # folders of conf/ that a command chooses from
 INTERRUPTED = 130  # the exit code of whatever Ctrl-C has ended
 
 
@@ -59,8 +60,10 @@ def main(config_name: str, job: Callable[[DictConfig], int]) -> int:
     register_tasks()
     register_help()
     codes: list[int] = []
+    begun: list[DictConfig] = []
 
     def collect(cfg: DictConfig) -> int:
+        begun.append(cfg)
         several = HydraConfig.get().mode == RunMode.MULTIRUN
         which = f"job {HydraConfig.get().job.override_dirname}: " if several else ""
         try:
@@ -79,6 +82,10 @@ def main(config_name: str, job: Callable[[DictConfig], int]) -> int:
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(collect)()
     except (HydraException, OmegaConfBaseException) as error:
+        return complain(explain(error, config_name, sys.argv[1:]))
+    except ValueError as error:
+        if begun:
+            raise  # a programming error; before any job it is an override that Hydra cannot take
         return complain(explain(error, config_name, sys.argv[1:]))
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -108,6 +115,15 @@ def explain(error: Exception, config_name: str, arguments: list[str]) -> str:
             return f"hydra/launcher={value}: its package is missing; `pip install '.[{EXTRAS[value]}]'` brings it"
         valid = ", ".join(sorted(o for o in error.options or [] if not o.startswith("_")))
         return f"{group or 'config'}={value}: no such configuration; valid: {valid}"
+    empty = [a.partition("=")[0] for a in arguments if re.fullmatch(rf"({GROUPS})=(null)?", a)]
+    if empty and isinstance(error, ValueError):  # Hydra's own message does not say which
+        with composing():
+            names = GlobalHydra.instance().config_loader().get_group_options(empty[0])
+        return f"{empty[0]}=null: valid: {', '.join(name for name in names if not name.startswith('_'))}"
+    if isinstance(error, OverrideParseException):
+        return (
+            f"{error.override}: cannot be read ({str(error).splitlines()[0]}); valid: name=value, quoted for the shell"
+        )
     cause = error.__cause__ or error
     found = re.search(r"Could not override '([^']+)'", str(error))
     if found:
@@ -121,7 +137,7 @@ def explain(error: Exception, config_name: str, arguments: list[str]) -> str:
 
 def valid_keys(config_name: str, parent: str, arguments: list[str]) -> str:
     """The settings beside a misspelt one: the config without the dotted overrides."""
-    groups = [a for a in arguments if re.fullmatch(r"(policy|model|tasks|experiment)=[^,\[{]+", a)]
+    groups = [a for a in arguments if re.fullmatch(rf"({GROUPS})=[^,\[{{]+", a)]
     with composing():
         cfg = compose(config_name, overrides=groups)
     node = OmegaConf.select(cfg, parent) if parent else cfg
