@@ -139,7 +139,7 @@ class Engine:
         scope = len(request.ids) if request.context_tokens is None else request.context_tokens
         if scope < 1:
             raise InputError(f"sample {request.name}: the prompt is empty; valid: at least one token")
-        cells = [variant.cell(scope) for variant in job.variants]
+        cells = [v.cell(scope, len(request.ids) - scope + request.max_new_tokens) for v in job.variants]
         if request.reference and not any(isinstance(cell.policy, Full) for cell in cells):
             cells.append(Cell(Full(), scope))  # what the others are compared with
         prefill = Prefill(cells, self.layers, scope, foresee(job, scope, self.model, self._full_answer))

@@ -78,6 +78,7 @@ def to_record(one: Prepared, result: Generation, model: LoadedModel, cfg: DictCo
         "extra_scores": extra_scores(sample.task, prediction, sample.answers),
         "kept": {"prompt": entries(result.kept_prompt), "end": entries(result.kept_end)},
         "kv_bytes": result.kv_bytes,
+        **{f"kv_bytes_{k}": v for k, v in result.kv_bytes_by_device.items() if len(result.kv_bytes_by_device) > 1},
         "kv_bytes_peak": result.kv_bytes_peak,
         "kv_bytes_full": result.kv_bytes_full,
         "bookkeeping_bytes": result.bookkeeping_bytes,
@@ -86,6 +87,7 @@ def to_record(one: Prepared, result: Generation, model: LoadedModel, cfg: DictCo
         "decode_seconds": result.decode_seconds,
         "lanes": result.lanes,
         "fidelity": result.fidelity,
+        **result.extra,
         "error": None,
     }
 

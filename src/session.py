@@ -19,8 +19,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from evals.tasks import Sample, load_samples
+from src.binding import bind
+from src.cluster import distributed
 from src.engine import Engine
 from src.environment import environment
+from src.errors import InputError
 from src.jobs import Job
 from src.models import LoadedModel, load_model
 from src.progress import Progress
@@ -59,6 +62,11 @@ class Session:
 
     def __init__(self, cfg: DictConfig, cells: Sequence[CellConfig], lanes: int) -> None:
         self.cfg = cfg
+        if cfg.overwrite and distributed():
+            raise InputError(
+                "overwrite=true: jobs of a cluster may share a results folder and would delete each other's; "
+                "valid: false, or move the old results away"
+            )
         self.samples = self._samples()
         tracking = Tracking(**cfg.wandb)
         self.model = loaded(json.dumps(OmegaConf.to_container(cfg.model, resolve=True), sort_keys=True))
@@ -67,7 +75,7 @@ class Session:
         self.failed = 0
         self.cells: list[Cell] = []
         with ExitStack() as opened:  # if the last cell's folder is refused, the others' are free again
-            for cell in cells:
+            for cell in bind(cells, self.model):
                 self.cells.append(self._open(cell, tracking))
                 opened.callback(self.cells[-1].folder.close)
             opened.pop_all()
@@ -158,7 +166,7 @@ class Session:
 
     def _open(self, cell: CellConfig, tracking: Tracking) -> Cell:
         settings = self._settings(cell)
-        path = run_path(self.cfg.output_root, self.model.name, cell.label, budget_name(cell), settings)
+        path = run_path(self.cfg.output_root, self.model.name, cell.label, cell.budget_name, settings)
         grid = ("policies", "budgets", "max_lanes")  # a cell's config does not depend on the grid it was part of
         config = {k: v for k, v in self.cfg.items() if k not in grid}
         config |= {"policy": cell.settings, "budget": cell.budget}
@@ -169,9 +177,10 @@ class Session:
             environment(str(self.model.device)),
             retention=self.cfg.retention or "off",  # YAML reads a bare `off` as false
             overwrite=self.cfg.overwrite,
+            shared=distributed(),
         )
         flat = {"settings": settings, "tasks": OmegaConf.to_container(self.cfg.tasks, resolve=True)}
-        name = f"{self.model.name} {cell.label} {budget_name(cell)}"
+        name = f"{self.model.name} {cell.label} {cell.budget_name}"
         return Cell(cell, folder, tracking.start(path, flat, name, done=len(folder.records)))
 
     def _settings(self, cell: CellConfig) -> dict[str, Any]:
@@ -225,10 +234,6 @@ class Session:
             peaks=peaks,
         )
         cell.tracker.finish(metrics, cell.folder.records)
-
-
-def budget_name(cell: CellConfig) -> int | float | str:
-    return "all" if cell.budget is None else cell.budget
 
 
 def show_results(cells: Sequence[Cell]) -> None:

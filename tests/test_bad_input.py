@@ -87,7 +87,7 @@ SETTINGS: dict[str, list[str]] = {
     "model=random model.like=foo": ["model.like=foo", "llama3-8b"],
     "tasks=longgenbench": ["tasks.data_dir=null", "gsm8k"],
     "tasks=longbench tasks.data_dir=/does/not/exist": ["tasks.data_dir=/does/not/exist"],
-    "hydra/launcher=submitit_slurm": ["submitit_slurm", "slurm]"],
+    "hydra/launcher=submitit_slurm": ["cluster=slurm", "pip install '.[slurm]'"],
     "policy=h2o=3": ["policy=h2o=3"],
 }
 
