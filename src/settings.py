@@ -16,7 +16,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -32,6 +32,7 @@ from src.jobs import Budget, SplitBudget, Variant
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 SUITES = ("pocket", "longbench", "longgenbench")
+GROUPS = "policy|model|tasks|experiment|cluster"  # folders of conf/ that a command chooses from
 INTERRUPTED = 130  # the exit code of whatever Ctrl-C has ended
 
 
@@ -70,8 +71,10 @@ def main(config_name: str, job: Callable[[DictConfig], int]) -> int:
     register_tasks()
     register_help()
     codes: list[int] = []
+    begun: list[DictConfig] = []
 
     def collect(cfg: DictConfig) -> int | Outcome:
+        begun.append(cfg)
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             outcome = run_job(job, cfg)
             if distributed():
@@ -96,6 +99,10 @@ def main(config_name: str, job: Callable[[DictConfig], int]) -> int:
         return complain(explain(error, config_name, sys.argv[1:]))
     except InputError as error:  # of a launch
         return complain(str(error))
+    except ValueError as error:
+        if begun:
+            raise  # a programming error; before any job it is an override that Hydra cannot take
+        return complain(explain(error, config_name, sys.argv[1:]))
     except KeyboardInterrupt:
         return INTERRUPTED
     except SystemExit as end:  # Hydra ends so after --help
@@ -126,6 +133,15 @@ def explain(error: Exception, config_name: str, arguments: list[str]) -> str:
         group, _, value = str(error.missing_cfg_file).rpartition("/")
         valid = ", ".join(sorted(o for o in error.options or [] if not o.startswith("_")))
         return f"{group or 'config'}={value}: no such configuration; valid: {valid}"
+    empty = [a.partition("=")[0] for a in arguments if re.fullmatch(rf"({GROUPS})=(null)?", a)]
+    if empty and isinstance(error, ValueError):  # Hydra's own message does not say which
+        with composing():
+            names = GlobalHydra.instance().config_loader().get_group_options(empty[0])
+        return f"{empty[0]}=null: valid: {', '.join(name for name in names if not name.startswith('_'))}"
+    if isinstance(error, OverrideParseException):
+        return (
+            f"{error.override}: cannot be read ({str(error).splitlines()[0]}); valid: name=value, quoted for the shell"
+        )
     cause = error.__cause__ or error
     found = re.search(r"Could not override '([^']+)'", str(error))
     if found:
@@ -139,7 +155,7 @@ def explain(error: Exception, config_name: str, arguments: list[str]) -> str:
 
 def valid_keys(config_name: str, parent: str, arguments: list[str]) -> str:
     """The settings beside a misspelt one: the config without the dotted overrides."""
-    groups = [a for a in arguments if re.fullmatch(r"(policy|model|tasks|experiment|cluster)=[^,\[{]+", a)]
+    groups = [a for a in arguments if re.fullmatch(rf"({GROUPS})=[^,\[{{]+", a)]
     with composing():
         cfg = compose(config_name, overrides=groups, return_hydra_config=parent.startswith("hydra"))
     node = OmegaConf.select(cfg, parent) if parent else cfg

@@ -48,6 +48,8 @@ def call(entry: str, *arguments: str) -> Result:
             contextlib.redirect_stderr(err),
         ):
             code = settings.main(*ENTRY[entry])
+    except SystemExit as end:  # Hydra's way out of --help and --cfg
+        code = int(end.code or 0)
     finally:
         torch.set_num_threads(threads)
     return Result(code, out.getvalue(), err.getvalue())

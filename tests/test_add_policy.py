@@ -36,6 +36,12 @@ def test_two_files_about_fifty_lines() -> None:
     assert sum(len(path.read_text().splitlines()) for path in files) <= 50
 
 
+def test_readme_shows_these_files() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"```python\n{(SOURCE / 'key_norm.py').read_text()}```" in readme
+    assert f"```yaml\n{(SOURCE / 'conf' / 'policy' / 'key_norm.yaml').read_text()}```" in readme
+
+
 def test_run_and_sweep(base: list[str], mine: Path, tmp_path: Path) -> None:
     before = status()
     environment = {**os.environ, "PYTHONPATH": str(mine), "OMP_NUM_THREADS": "1"}

@@ -49,7 +49,9 @@ def test_policies_compose(name: str) -> None:
     cell = settings.make_cell(cfg.policy, 256)
     made = cell.variant.policy
     assert isinstance(made, Policy) and cell.label == cfg.policy.name == name
-    written = {k: v for k, v in OmegaConf.to_container(cfg.policy).items() if k not in ("name", "_target_")}  # type: ignore[union-attr]
+    written = {
+        k: v for k, v in OmegaConf.to_container(cfg.policy, resolve=True).items() if k not in ("name", "_target_")
+    }  # type: ignore[union-attr]
     assert written == vars(made) == vars(type(made)())
 
 
@@ -75,16 +77,17 @@ def test_experiments_compose() -> None:
         compose(config, f"experiment={path.stem}")
 
 
-def keys(path: Path) -> list[tuple[str, str, str]]:
-    """(key, its line, the line above) of every key, lines of lists and of an architecture's shape left out."""
-    found, above, shape = [], "", False
-    for line in path.read_text(encoding="utf-8").splitlines():
+def keys(path: Path) -> list[tuple[str, str]]:
+    """(key, its line and the comments around it) of every key, those of lists and of a model's shape left out."""
+    found, shape = [], False
+    rows = ["", *path.read_text(encoding="utf-8").splitlines(), ""]
+    for above, line, below in zip(rows, rows[1:], rows[2:], strict=False):
         if line[:1] not in (" ", "#", ""):
             shape = line.startswith("shape:")
         text = line.strip()
         if text and not text.startswith(("#", "-")) and ":" in text and not (shape and line[0] == " "):
-            found.append((text.partition(":")[0], line, above))
-        above = line
+            around = [neighbour for neighbour in (above, below) if neighbour.lstrip().startswith("#")]
+            found.append((text.partition(":")[0], "\n".join([line, *around])))
     return found
 
 
@@ -93,14 +96,16 @@ def test_every_key_is_explained(path: Path) -> None:
     """On its line or the one above; for a model also in _base.yaml; for hydra's own keys by hydra."""
     text = path.read_text(encoding="utf-8")
     assert text.startswith(("#", "# @package")), "no headline"
-    base = {key for key, line, above in keys(CONF / "model" / "_base.yaml")} if path.parent.name == "model" else set()
+    known = {key for key, _ in keys(CONF / "model" / "_base.yaml")} if path.parent.name == "model" else set()
     if path.stem == "_base":
-        base = set()
-    ours = text.partition("\nhydra:")[0]
-    for key, line, above in keys(path):
-        if line not in ours or key in UNEXPLAINED or key in base:
-            continue
-        assert "#" in line or above.lstrip().startswith("#"), f"{path.name}: {key} has no comment"
+        known = set()
+    hydra = text.partition("\nhydra:")[2]
+    for key, explained in keys(path):
+        line = explained.splitlines()[0]
+        if (
+            not line.endswith(":") and line not in hydra and key not in UNEXPLAINED | known
+        ):  # "model:" has keys of its own
+            assert "#" in explained, f"{path.name}: {key} has no comment"
 
 
 @pytest.mark.parametrize("entry", ["run", "sweep"])
