@@ -105,6 +105,8 @@ def main(config_name: str, job: Callable[[DictConfig], int]) -> int:
         return complain(explain(error, config_name, sys.argv[1:]))
     except KeyboardInterrupt:
         return INTERRUPTED
+    except SystemExit as end:  # Hydra ends so after --help
+        return int(end.code or 0)
     return max(codes, default=0)
 
 
