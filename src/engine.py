@@ -88,7 +88,7 @@ class Engine:
     def run(self, jobs: Iterable[Job], stop: Callable[[], bool] = lambda: False) -> Iterator[Generation]:
         """Every job under each of its variants, in waves of at most `max_lanes` lanes.
 
-        Once `stop` says so, no further prompt is begun; those that are under way are finished.
+        Once `stop()` is true no further prompt is begun, and those under way are finished.
 
         Yields:
             A `Generation` as soon as its lane has finished; one with `error` when memory ran out even alone.
