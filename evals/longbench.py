@@ -66,6 +66,7 @@ def load(
     config_url: str = CONFIG_URL,
     hub_repo: str = HUB_REPO,
     hub_revision: str = "main",
+    broken: str = "refuse",
 ) -> list[Sample]:
     """The samples of the named tasks. Nothing is downloaded if data_dir (or LONGBENCH_DIR) has all."""
     place = data_dir or os.environ.get("LONGBENCH_DIR")
@@ -84,7 +85,7 @@ def load(
             missing = "dataset2prompt.json" if name not in prompts else "dataset2maxlen.json"
             raise DataError(f"tasks.config_dir: {missing} has no entry for task {name}")
         task = make_task(name, lengths[name])
-        dataset = read_longbench(path)
+        dataset = read_longbench(path, broken)
         count = len(dataset) if limit is None else min(limit, len(dataset))
         samples += [to_sample(task, prompts[name], row) for row in dataset.select(range(count))]
     return samples

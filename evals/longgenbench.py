@@ -18,10 +18,11 @@ examples.
 
 import re
 from pathlib import Path
+from typing import Any
 
 from evals.errors import DataError
 from evals.longgen_metrics import KINDS
-from evals.rows import check_field, is_text, read_lines, some_texts
+from evals.rows import Broken, check_field, is_text, read_rows, some_texts
 from evals.tasks import Sample, Task
 
 SOURCE = "github.com/Linking-ai/SCOPE, folder data/LongGenBench"
@@ -54,7 +55,13 @@ def make_task(name: str) -> Task:
 TASKS = {name: make_task(name) for name in ("gsm8k_30", "mmlu_30", "csqa_40", "gsm8k_60", "mmlu_60", "csqa_80")}
 
 
-def load(names: list[str], limit: int | None, data_dir: str | None, reference_rows: bool = True) -> list[Sample]:
+def load(
+    names: list[str],
+    limit: int | None,
+    data_dir: str | None,
+    reference_rows: bool = True,
+    broken: str = "refuse",
+) -> list[Sample]:
     """The samples of the named tasks from data_dir/<dataset>/<task>.jsonl."""
     if not data_dir:
         raise DataError(f"tasks.data_dir=null: LongGenBench needs a folder with gsm8k/, mmlu/ and csqa/ from {SOURCE}")
@@ -63,29 +70,36 @@ def load(names: list[str], limit: int | None, data_dir: str | None, reference_ro
         path = Path(data_dir).expanduser() / name.split("_")[0] / f"{name}.jsonl"
         if not path.is_file():
             raise DataError(f"tasks.data_dir={data_dir}: {path} is missing; it comes from {SOURCE}")
-        samples += read_task(TASKS[name], path, reference_rows)[:limit]
+        samples += read_task(TASKS[name], path, reference_rows, broken)[:limit]
     return samples
 
 
-def read_task(task: Task, path: Path, reference_rows: bool) -> list[Sample]:
+def read_task(task: Task, path: Path, reference_rows: bool, broken: str = "refuse") -> list[Sample]:
+    left_out = LEFT_OUT if reference_rows and task.name.startswith("mmlu") else frozenset()
+
+    def make(place: str, index: int, row: dict[str, Any]) -> Sample:
+        return make_sample(task, place, index, row)
+
     samples = []
-    for index, (line, row) in enumerate(read_lines(path)):
-        place = f"{path}, line {line}"
-        text = check_field(place, row, "prompt", is_text, "a string")
-        questions = check_field(place, row, "questions", some_texts, "a list of one or more strings")
-        answers = check_field(place, row, "answers", some_texts, "a list of one or more strings")
-        if len(questions) != len(answers):
-            raise DataError(f"{place}: {len(questions)} questions, but {len(answers)} answers")
-        if reference_rows and task.name.startswith("mmlu") and index in LEFT_OUT:
-            continue
-        before, after = split(full_prompt(task.name, text))
-        extra = {"questions": questions, "first_number": first_number(task, text)}
-        if "task" in row:
-            extra["subject"] = row["task"]
-        samples.append(Sample(task, str(index), before, after, tuple(answers), extra=extra))
+    for index, row in enumerate(read_rows(path, make, broken)):
+        if index not in left_out:
+            samples.append(Sample(task, row.id, "", "", (), error=row.error) if isinstance(row, Broken) else row)
     if not samples:
         raise DataError(f"{path}: holds no rows")
     return samples
+
+
+def make_sample(task: Task, place: str, index: int, row: dict[str, Any]) -> Sample:
+    text = check_field(place, row, "prompt", is_text, "a string")
+    questions = check_field(place, row, "questions", some_texts, "a list of one or more strings")
+    answers = check_field(place, row, "answers", some_texts, "a list of one or more strings")
+    if len(questions) != len(answers):
+        raise DataError(f"{place}: {len(questions)} questions, but {len(answers)} answers")
+    before, after = split(full_prompt(task.name, text))
+    extra = {"questions": questions, "first_number": first_number(task, text)}
+    if "task" in row:
+        extra["subject"] = row["task"]
+    return Sample(task, str(index), before, after, tuple(answers), extra=extra)
 
 
 def full_prompt(name: str, text: str) -> str:

@@ -6,9 +6,11 @@ into datetime objects, and reports a broken row without its line. Lines are pars
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from datasets import Dataset, Features, List, Value
 
@@ -23,30 +25,62 @@ FEATURES = Features(
         "answers": List(Value("large_string")),
         "all_classes": List(Value("string")),
         "length": Value("int64"),
+        "error": Value("string"),  # why the row has no content; null for all others
     }
 )
 
 
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A malformed row. `id` is its own where that can be read, else the row's number, counted from 0."""
+
+    id: str
+    error: str
+
+
 def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number from 1, JSON object) of a JSON-lines file. Blank lines are skipped."""
+    for number, raw in raw_lines(path):
+        yield number, parse(f"{path}, line {number}", raw)
+
+
+def read_rows(path: Path, make: Callable[[str, int, dict[str, Any]], Made], broken: str) -> Iterator[Made | Broken]:
+    """`make(place, index, row)` of every row; with broken="record" a malformed one is a `Broken`, no error."""
+    for index, (number, raw) in enumerate(raw_lines(path)):
+        place = f"{path}, line {number}"
+        try:
+            yield make(place, index, parse(place, raw))
+        except DataError as error:
+            if broken == "refuse":
+                raise
+            found = re.search(rb'"_id"\s*:\s*(?:"([^"\\]+)"|(\d+))', raw)
+            own = (found[1] or found[2]).decode("utf-8", "replace") if found else str(index)
+            yield Broken(own, str(error))
+
+
+def raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode("utf-8"))
-            if b"\\ud" in line.lower():  # an escaped half of a surrogate pair is JSON but not text
-                json.dumps(row, ensure_ascii=False).encode("utf-8")
-        except UnicodeError:
-            raise DataError(f"{path}, line {number}: not UTF-8 text") from None
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise DataError(f"{path}, line {number}: broken JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
-        yield number, row
+    return ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+
+
+def parse(place: str, line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode("utf-8"))
+        if b"\\ud" in line.lower():  # an escaped half of a surrogate pair is JSON but not text
+            json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except UnicodeError:
+        raise DataError(f"{place}: not UTF-8 text") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"{place}: broken JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise DataError(f"{place}: expected a JSON object, found {type(row).__name__}")
+    return row
 
 
 def texts(value: Any) -> bool:
@@ -87,16 +121,20 @@ def longbench_row(place: str, index: int, row: Mapping[str, Any]) -> dict[str, A
     }
 
 
-def read_longbench(path: Path) -> Dataset:
-    """A LongBench file. A row that is broken anywhere in it is an error, also beyond a limit."""
-    rows = [longbench_row(f"{path}, line {line}", i, row) for i, (line, row) in enumerate(read_lines(path))]
+def read_longbench(path: Path, broken: str = "refuse") -> Dataset:
+    """A LongBench file. A row that is broken anywhere in it is an error, also beyond a limit (see `read_rows`)."""
+    rows = [failed_row(row) if isinstance(row, Broken) else row for row in read_rows(path, longbench_row, broken)]
     if not rows:
         raise DataError(f"{path}: holds no rows")
     return as_dataset(rows)
 
 
+def failed_row(row: Broken) -> dict[str, Any]:
+    return {"_id": row.id, "input": "", "context": "", "answers": [], "error": row.error}
+
+
 def as_dataset(rows: Sequence[Mapping[str, Any]]) -> Dataset:
-    return Dataset.from_list([dict(row) for row in rows], features=FEATURES)
+    return Dataset.from_list([{name: row.get(name) for name in FEATURES} for row in rows], features=FEATURES)
 
 
 def split_prompt(prompt_format: str, context: str, question: str) -> tuple[str, str]:
@@ -111,7 +149,8 @@ def split_prompt(prompt_format: str, context: str, question: str) -> tuple[str, 
 
 
 def to_sample(task: Task, prompt_format: str, row: Mapping[str, Any], extra: dict[str, Any] | None = None) -> Sample:
-    before, after = split_prompt(prompt_format, row["context"], row["input"])
+    error = row["error"]
+    before, after = ("", "") if error else split_prompt(prompt_format, row["context"], row["input"])
     return Sample(
         task=task,
         id=row["_id"],
@@ -121,4 +160,5 @@ def to_sample(task: Task, prompt_format: str, row: Mapping[str, Any], extra: dic
         all_classes=None if row["all_classes"] is None else tuple(row["all_classes"]),
         length=row["length"],
         extra=extra or {},
+        error=error,
     )

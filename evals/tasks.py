@@ -1,12 +1,13 @@
 """What a task and a sample are, and the one door to all suites: `load_samples`."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from evals.errors import DataError
 
 SUITES = ("pocket", "longbench", "longbench_en", "longbench_zh", "longgenbench")
+BROKEN_ROWS = ("refuse", "record")  # what becomes of a malformed row: nothing is loaded | a sample that has failed
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt. `before` ends with the context; `after` is the question part and what follows it."""
+    """One prompt. `before` ends with the context; `after` is the question part and what follows it.
+
+    `error` says why there is no prompt: the row was malformed, and `broken="record"` was asked for.
+    """
 
     task: Task
     id: str
@@ -36,6 +40,7 @@ class Sample:
     all_classes: tuple[str, ...] | None = None
     length: int | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    error: str | None = None
 
     @property
     def prompt(self) -> str:
@@ -48,25 +53,43 @@ def load_samples(
     limit: int | None,
     data_dir: str | None,
     seed: int,
+    broken: str = "refuse",
     **options: Any,
 ) -> list[Sample]:
     """The samples of the named tasks (all of the suite without names), at most `limit` a task.
 
-    Samples come in the order of the files, so a larger limit extends a smaller one. `seed` matters to
-    `pocket` only, whose samples are generated. `options` are the suite's own further settings (the other
-    keys of conf/tasks/*.yaml).
+    Samples come in the order of the files, so a larger limit extends a smaller one. `seed` matters to `pocket` only,
+    whose samples are generated. `options` are the suite's own further settings (the other keys of conf/tasks/*.yaml).
+
+    A malformed row anywhere in a file is a DataError that names file and line; with `broken="record"` it is a sample
+    with that line as its `error`, so that the others can run.
     """
     from evals import longbench, longgenbench, pocket
 
     if limit is not None and limit < 1:
         raise DataError(f"limit={limit}: must be 1 or more, or null for every sample")
+    if broken not in BROKEN_ROWS:
+        raise DataError(f"broken_rows={broken}: valid: {', '.join(BROKEN_ROWS)}")
     chosen = choose_names(suite, names)
     if suite == "pocket":
-        return pocket.load(chosen, limit, seed, **known(suite, options, ()))
-    if suite.startswith("longbench"):
+        samples = pocket.load(chosen, limit, seed, **known(suite, options, ()))
+    elif suite.startswith("longbench"):
         settings = known(suite, options, ("config_dir", "config_url", "hub_repo", "hub_revision"))
-        return longbench.load(chosen, limit, data_dir, **settings)
-    return longgenbench.load(chosen, limit, data_dir, **known(suite, options, ("reference_rows",)))
+        samples = longbench.load(chosen, limit, data_dir, broken=broken, **settings)
+    else:
+        settings = known(suite, options, ("reference_rows",))
+        samples = longgenbench.load(chosen, limit, data_dir, broken=broken, **settings)
+    return [with_prompt(sample, broken) for sample in samples]
+
+
+def with_prompt(sample: Sample, broken: str) -> Sample:
+    """The sample; one without a single character to ask is malformed too."""
+    if sample.error or sample.prompt:
+        return sample
+    error = f"task {sample.task.name}, sample {sample.id}: the prompt is empty"
+    if broken == "refuse":
+        raise DataError(error)
+    return replace(sample, error=error)
 
 
 def known(suite: str, options: Mapping[str, Any], valid: tuple[str, ...]) -> dict[str, Any]:

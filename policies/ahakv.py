@@ -247,8 +247,8 @@ class AhaKV(ScorePolicy):
 
 
 def softmax_with_gain(logits: Tensor, gain: Tensor) -> Tensor:
-    """softmax(gain * logits); masked entries stay masked even where the gain is 0."""
-    return (logits * gain).masked_fill_(logits == -torch.inf, -torch.inf).softmax(dim=-1)
+    """softmax(gain * logits); masked entries (-inf) stay masked because the gain is never 0."""
+    return (logits * gain.clamp_min(1e-6)).softmax(dim=-1)
 
 
 def visible_std(logits: Tensor) -> Tensor:

@@ -17,12 +17,26 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin, 
 import torch
 from torch import Tensor
 
+from src.cache import LayerCache
+
 if TYPE_CHECKING:
     from src.cache import DecodeStep
     from src.prompt_attention import PromptAttention
 
 
 Foresight = Literal["generated", "reference"]  # which answer: the full cache's own, or the task's first reference
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What a policy may know about the model (`Policy.bind`)."""
+
+    name: str
+    layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
 
 
 @dataclass
@@ -43,6 +57,16 @@ class State:
         """Bytes of book-keeping, all lanes together."""
         return sum(t.untyped_storage().nbytes() for t in (*self.slots.values(), *self.fixed.values()))
 
+    def keep(self, slots: Tensor) -> None:
+        """Keep only these slots `(lanes, kv_heads, k)`, moved to the front; the incoming token's column stays."""
+        for name, tensor in self.slots.items():
+            index = slots.view(*slots.shape[:2], *(1,) * (tensor.dim() - 3), -1)
+            index = index.expand(*tensor.shape[:-1], -1)
+            kept = torch.zeros_like(tensor)
+            kept[..., : slots.shape[-1]] = tensor.gather(-1, index)
+            kept[..., -1] = tensor[..., -1]
+            self.slots[name] = kept
+
 
 @dataclass(frozen=True)
 class Policy(ABC):
@@ -52,11 +76,17 @@ class Policy(ABC):
         evicts_while_decoding: the cache never holds more than `budget` entries; otherwise it grows by one
             entry per generated token after the prompt was cut to `budget`.
         uses_budget: False for policies whose kept set does not depend on a budget (the full cache).
+        uses_decode_budget: the policy divides its budget between the prompt and the tokens that come after it
+            (`split`, `least_decode`, `at`); a user may then give `budget={prompt: .., decode: ..}`.
+        own_pool: lanes of this policy share their cache with no other policy's. Needed by those that give
+            `room`, `prune` or `make_cache`.
         may_refuse: `evict` may turn the incoming token away instead of giving it a slot.
     """
 
     evicts_while_decoding: ClassVar[bool] = False
     uses_budget: ClassVar[bool] = True
+    uses_decode_budget: ClassVar[bool] = False
+    own_pool: ClassVar[bool] = False
     may_refuse: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -77,6 +107,35 @@ class Policy(ABC):
         """The smallest budget (tokens per layer and KV head) with which the policy makes sense."""
         return 1
 
+    # Before anything runs, and before each request: return a policy that knows more.
+
+    def bind(self, model: ModelShape) -> Policy:
+        """This policy for one model, asked once; ValueError when they do not go together."""
+        return self
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What `bind` found that changes outcomes and is no setting (codebooks): it names results folders too."""
+        return {}
+
+    def split(self, budget: int) -> tuple[int, int]:
+        """One number as (prompt entries, decode entries)."""
+        raise NotImplementedError(f"{type(self).__name__} has no decode pool")
+
+    def least_decode(self) -> int:
+        """The smallest number of decode entries that makes sense."""
+        return 0
+
+    def at(self, decode: int, horizon: int) -> Policy:
+        """This policy for one request.
+
+        Args:
+            decode: entries for tokens after the prompt.
+            horizon: the most tokens that will come after the prompt was cut (T).
+        """
+        return self
+
+    # The prompt.
+
     @abstractmethod
     def keep_prompt(self, prompt: PromptAttention, budget: int) -> Tensor:
         """Prompt positions to keep, ascending, `(kv_heads, k)` with `k <= budget`, int64."""
@@ -85,18 +144,43 @@ class Policy(ABC):
         """What to remember about the kept tokens, for one lane: `slots` tensors `(kv_heads, ..., k)`."""
         return State()
 
+    def make_cache(self, prompt: PromptAttention, kept: Tensor, limit: int | None) -> LayerCache:
+        """How one layer's kept tokens are stored."""
+        return LayerCache.from_prompt(prompt.keys, prompt.values, kept, limit)
+
+    def limit(self, budget: int, kept: int) -> int | None:
+        """The most entries per KV head the cache ever holds; None: it grows. `kept` are those of the prompt."""
+        return budget if self.evicts_while_decoding else None
+
+    # Decoding, at every step, in this order.
+
     def adjust_logits(self, step: DecodeStep) -> None:
         """Change `step.logits` in place before the softmax (StreamingLLM moves its sinks here)."""
 
+    def adjust_weights(self, step: DecodeStep, state: State) -> None:
+        """Change `step.weights` in place before values are mixed (a policy that attends to chosen tokens only)."""
+
     def observe(self, step: DecodeStep, state: State) -> None:
-        """Fold one decoding step into the state; called at every step, before `evict`."""
+        """Fold one decoding step into the state."""
+
+    def prune(self, step: DecodeStep, state: State) -> Tensor | None:
+        """Slots to keep, `(lanes, kv_heads, k)`, ascending, before the incoming token is added; None: all."""
+        return None
+
+    def room(self, t: int, limit: int) -> int:
+        """Entries the cache may hold once the incoming token is in; `t` tokens came before it."""
+        return limit
 
     def evict(self, step: DecodeStep, state: State) -> Tensor:
-        """The slot that the incoming token takes when the cache is full, `(lanes, kv_heads)`, int64.
+        """The slot that the incoming token takes when there is no room, `(lanes, kv_heads)`, int64.
 
         With `may_refuse`, the number of slots (the incoming token's column) means that it gets none.
         """
         raise NotImplementedError(f"{type(self).__name__} does not evict while decoding")
+
+    def measures(self, states: list[State], lane: int) -> dict[str, Any]:
+        """Numbers (JSON) to record about a finished lane, from its states, one per layer."""
+        return {}
 
 
 def check(name: str, value: Any, kind: Any) -> None:

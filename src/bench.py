@@ -26,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
+from src.binding import bind
 from src.engine import Engine
 from src.environment import environment
 from src.jobs import Generation, Job, Request
@@ -45,9 +46,10 @@ class Bench:
         self.cfg = cfg
         self.loaded: LoadedModel = load_model(OmegaConf.to_container(cfg.model, resolve=True))  # type: ignore[arg-type]
         self.model = self.loaded.model
-        self.cells = grid(
+        cells = grid(
             OmegaConf.to_container(cfg.policies, resolve=True), OmegaConf.to_container(cfg.budgets, resolve=True)
         )
+        self.cells = bind(cells, self.loaded)
 
     def prompt(self, tokens: int, number: int = 0) -> list[int]:
         """English prose that every Python ships, `tokens` of it, from a place that depends on `number`."""

@@ -35,6 +35,7 @@ class DecodeStep:
         positions: original positions of the cached tokens, `(lanes, kv_heads, slots)`, -1 where empty.
         position: original position of the incoming token, `(lanes,)`.
         budget: entries per KV head that this policy was given.
+        limit: the most entries per KV head the cache may ever hold (`Policy.limit`).
         t: tokens appended since the prompt was cut, before this one.
         layer: index of the layer.
         scaling: factor between `q @ k` and `logits`.
@@ -49,6 +50,7 @@ class DecodeStep:
     positions: Tensor
     position: Tensor
     budget: int
+    limit: int | None
     t: int
     layer: int
     scaling: float
@@ -62,13 +64,14 @@ class LayerCache:
         keys: `(lanes, kv_heads, slots, head_dim)`, after the rotary embedding of their original positions.
         values: same shape.
         positions: original positions, `(lanes, kv_heads, slots)`, int32, -1 where empty.
-        used: filled slots of each lane.
+        used: filled slots of each lane (`most_used`: the most there ever were).
         limit: the cache never holds more entries than this per lane and KV head; None: it may grow.
     """
 
     def __init__(self, keys: Tensor, values: Tensor, positions: Tensor, used: Sequence[int], limit: int | None) -> None:
         self.keys, self.values, self.positions = keys, values, positions
         self.used, self.limit = list(used), limit
+        self.most_used = list(used)
         self.filled = torch.tensor(self.used, device=keys.device)  # `used`, where kernels can read it
         self.mask = self._mask()
 
@@ -92,21 +95,24 @@ class LayerCache:
             limit,
         )
 
-    @classmethod
-    def stack(cls, caches: Sequence[LayerCache]) -> LayerCache:
-        """Several lanes in one cache, padded to equally many slots; all must have the same limit."""
+    def like(self, keys: Tensor, values: Tensor, positions: Tensor, used: Sequence[int]) -> LayerCache:
+        """A cache of the same kind and limit with other contents."""
+        return LayerCache(keys, values, positions, used, self.limit)
+
+    @staticmethod
+    def stack(caches: Sequence[LayerCache]) -> LayerCache:
+        """Several lanes in one cache, padded to equally many slots; all must be of one kind and limit."""
         limit = caches[0].limit
         slots = max(c.slots for c in caches)
         if len(caches) == 1 and caches[0].full:
             return caches[0]
         if any(limit is None or used < limit for c in caches for used in c.used):
             slots = slots + GROW if limit is None else min(limit, slots + GROW)
-        return cls(
+        return caches[0].like(
             torch.cat([pad_slots(c.keys, slots, dim=2) for c in caches]),
             torch.cat([pad_slots(c.values, slots, dim=2) for c in caches]),
             torch.cat([pad_slots(c.positions, slots, dim=2, value=-1) for c in caches]),
             [used for c in caches for used in c.used],
-            limit,
         )
 
     @property
@@ -118,11 +124,14 @@ class LayerCache:
         """Bytes of keys and values, read off the storages: a view of something larger counts in full."""
         return self.keys.untyped_storage().nbytes() + self.values.untyped_storage().nbytes()
 
+    def nbytes_by_device(self) -> dict[str, int]:
+        """`nbytes` by where they lie: "device" computes the scores, "host" may hold what it has no room for."""
+        return {"device": self.nbytes}
+
     @property
     def entry_bytes(self) -> int:
         """Bytes of one token's key and value, all KV heads of the layer."""
-        _, heads, _, key_dim = self.keys.shape
-        return heads * (key_dim + self.values.shape[3]) * self.keys.element_size()
+        return sum(t.shape[1] * t.shape[3] * t.element_size() for t in (self.keys, self.values))
 
     def is_finite(self, lane: int) -> bool:
         """Whether all of a lane's keys and values are numbers."""
@@ -153,10 +162,10 @@ class LayerCache:
         """
         lanes, kv_heads, group, dim = query.shape
         query = (query * scaling).reshape(-1, group, dim)
-        logits = query.new_empty(lanes * kv_heads, group, self.slots + 1)
-        torch.bmm(query, self.keys.flatten(0, 1).transpose(1, 2), out=logits[..., :-1])
-        torch.bmm(query, key.reshape(-1, dim, 1), out=logits[..., -1:])
-        logits = precise(logits.view(lanes, kv_heads, group, -1))
+        # One contiguous product each: a product written into a slice would run batch by batch on a CPU.
+        cached = torch.bmm(query, self.keys.flatten(0, 1).transpose(1, 2))
+        own = torch.bmm(query, key.reshape(-1, dim, 1))
+        logits = precise(torch.cat([cached, own], dim=-1)).view(lanes, kv_heads, group, -1)
         return logits if self.mask is None else logits.add_(self.mask)
 
     def mix(self, weights: Tensor, value: Tensor) -> Tensor:
@@ -177,51 +186,81 @@ class LayerCache:
         self.mask = self._mask()
         return added
 
-    def place(self, victims: Tensor | None) -> Tensor:
+    def place(self, victims: Tensor | None, room: int | None = None) -> Tensor:
         """The slot for the incoming token, `(lanes, kv_heads)`: the next free one, or else the victim's.
 
         Args:
-            victims: `(lanes, kv_heads)`, needed when a lane is full.
+            victims: `(lanes, kv_heads)`, needed when a lane already holds `room` entries.
+            room: entries a lane may hold now, if fewer than there are slots.
         """
         free = self.filled[:, None].expand(-1, self.keys.shape[1])
         if victims is None:
             return free
-        return torch.where(free < self.slots, free, victims)
+        return torch.where(free < (self.slots if room is None else room), free, victims)
 
-    def write(self, slot: Tensor, key: Tensor, value: Tensor, position: Tensor, may_refuse: bool = False) -> None:
+    def write(
+        self,
+        slot: Tensor,
+        key: Tensor,
+        value: Tensor,
+        position: Tensor,
+        room: int | None = None,
+        may_refuse: bool = False,
+    ) -> None:
         """Put the incoming token into a slot of every lane and KV head.
 
         Args:
             slot: `(lanes, kv_heads)`, from `place`.
             key, value: `(lanes, kv_heads, head_dim)`.
             position: the token's original position, `(lanes,)`.
+            room: as for `place`.
             may_refuse: a slot past the last one means that the token is not stored.
         """
         lane = torch.arange(slot.shape[0], device=slot.device)[:, None]
         at = (lane, torch.arange(slot.shape[1], device=slot.device)[None], slot)
-        where = position[:, None].to(torch.int32)
+        where, stored = position[:, None].to(torch.int32), None
         if may_refuse:  # what stands in the last slot is written back
             stored = slot < self.slots
             at = (*at[:2], slot.clamp_max(self.slots - 1))
-            key = torch.where(stored[..., None], key, self.keys[at])
-            value = torch.where(stored[..., None], value, self.values[at])
             where = torch.where(stored, where, self.positions[at])
-        self.keys[at] = key
-        self.values[at] = value
+        self.put(at, key, value, stored)
         self.positions[at] = where
         if self.mask is not None:  # a lane that was not full filled one more slot, the same for all its heads
             self.mask[:, 0, 0].scatter_(-1, slot[:, :1], 0.0)  # a Python number: the host does not wait
-            self.used = [min(used + 1, self.slots) for used in self.used]
-            self.filled = (self.filled + 1).clamp_(max=self.slots)
+            room = self.slots if room is None else room
+            self.used = [min(used + 1, room) for used in self.used]
+            self.most_used = [max(most, used) for most, used in zip(self.most_used, self.used, strict=True)]
+            self.filled = (self.filled + 1).clamp_(max=room)
             if all(used == self.slots for used in self.used):
                 self.mask = None
 
+    def put(self, at: tuple[Tensor, ...], key: Tensor, value: Tensor, stored: Tensor | None) -> None:
+        """Store a key and a value `(lanes, kv_heads, ...)` at these indices, except where `stored` is False."""
+        for target, new in ((self.keys, key), (self.values, value)):
+            index, new = tuple(i.to(target.device) for i in at), new.to(target.device)
+            if stored is not None:
+                new = torch.where(stored[..., None].to(target.device), new, target[index])
+            target[index] = new
+
+    def keep(self, slots: Tensor) -> None:
+        """Keep only these slots `(lanes, kv_heads, k)` of every lane, moved to the front; memory stays for reuse."""
+        kept = slots.shape[-1]
+        for tensor in (self.keys, self.values):
+            at = slots[..., None].to(tensor.device).expand(-1, -1, -1, tensor.shape[-1])
+            tensor[:, :, :kept] = tensor.gather(2, at)
+        self.positions[:, :, :kept] = self.positions.gather(2, slots)
+        self.positions[:, :, kept:] = -1
+        self.used = [kept] * len(self.used)
+        self.filled = torch.full_like(self.filled, kept)
+        self.mask = self._mask()
+
     def select(self, lanes: Tensor) -> None:
         """Keep only these lanes (finished ones leave the batch)."""
-        self.keys, self.values = self.keys[lanes], self.values[lanes]
+        self.keys, self.values = self.keys[lanes], self.values[lanes.to(self.values.device)]
         self.positions = self.positions[lanes]
         self.filled = self.filled[lanes]
-        self.used = self.filled.tolist()
+        rows = lanes.tolist()
+        self.used, self.most_used = [self.used[i] for i in rows], [self.most_used[i] for i in rows]
         self.mask = self._mask()
 
 

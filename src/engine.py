@@ -7,7 +7,7 @@ into one lane per variant and decodes all lanes of a wave together, greedily. It
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -85,8 +85,10 @@ class Engine:
         self.memory = MemoryMeter(model.device)
 
     @torch.inference_mode()
-    def run(self, jobs: Iterable[Job]) -> Iterator[Generation]:
+    def run(self, jobs: Iterable[Job], stop: Callable[[], bool] = lambda: False) -> Iterator[Generation]:
         """Every job under each of its variants, in waves of at most `max_lanes` lanes.
+
+        Once `stop` says so, no further prompt is begun; those that are under way are finished.
 
         Yields:
             A `Generation` as soon as its lane has finished; one with `error` when memory ran out even alone.
@@ -98,18 +100,18 @@ class Engine:
         for job in jobs:
             lanes = sum(len(j.variants) * (2 if j.request.reference else 1) for j in (*wave, job))
             if wave and lanes > self.max_lanes:
-                yield from self._wave(wave)
+                yield from self._wave(wave, stop)
                 wave = []
             wave.append(job)
         if wave:
-            yield from self._wave(wave)
+            yield from self._wave(wave, stop)
 
-    def _wave(self, jobs: list[Job]) -> Iterator[Generation]:
+    def _wave(self, jobs: list[Job], stop: Callable[[], bool]) -> Iterator[Generation]:
         """One wave; when memory runs out, what is unfinished is tried again in halves."""
         finished: set[tuple[int, Variant]] = set()
         lanes: list[Lane] = []
         try:
-            lanes = [lane for job in jobs for lane in self._prefill(job)]
+            lanes = [lane for job in jobs if not stop() for lane in self._prefill(job)]
             for result in self._decode(lanes):
                 finished.add((id(result.request), result.variant))
                 yield result
@@ -123,11 +125,11 @@ class Engine:
         left = [Job(j.request, [v for v in j.variants if (id(j.request), v) not in finished]) for j in jobs]
         left = [j for j in left if j.variants]
         if len(left) > 1:
-            yield from self._wave(left[: len(left) // 2])
-            yield from self._wave(left[len(left) // 2 :])
+            yield from self._wave(left[: len(left) // 2], stop)
+            yield from self._wave(left[len(left) // 2 :], stop)
         elif left and len(left[0].variants) > 1:
             for variant in left[0].variants:
-                yield from self._wave([Job(left[0].request, [variant])])
+                yield from self._wave([Job(left[0].request, [variant])], stop)
         elif left:
             yield Generation(left[0].request, left[0].variants[0], error=f"out of memory: {reason}")
 
@@ -137,7 +139,7 @@ class Engine:
         scope = len(request.ids) if request.context_tokens is None else request.context_tokens
         if scope < 1:
             raise InputError(f"sample {request.name}: the prompt is empty; valid: at least one token")
-        cells = [variant.cell(scope) for variant in job.variants]
+        cells = [v.cell(scope, len(request.ids) - scope + request.max_new_tokens) for v in job.variants]
         if request.reference and not any(isinstance(cell.policy, Full) for cell in cells):
             cells.append(Cell(Full(), scope))  # what the others are compared with
         prefill = Prefill(cells, self.layers, scope, foresee(job, scope, self.model, self._full_answer))
@@ -212,10 +214,12 @@ class Engine:
             full = [row_of[id(lanes[row].full or lanes[row])] for row in rows]
             meter.begin(rows, full, [measured[id(lanes[row])] for row in rows])
         where = [lane.position for lane in lanes]
-        batch.position = torch.tensor(where, device=self.model.device)
+        batch.position = torch.tensor(where, device=self.model.device, dtype=torch.int32)
         batch.longest = max(where) + 1
         ids = torch.tensor([[lane.next_input()] for lane in lanes], device=self.model.device)
-        logits = self.model(ids, position_ids=batch.position[:, None], use_cache=False, lanes=batch).logits[:, -1]
+        logits = self.model(ids, position_ids=batch.position[:, None].long(), use_cache=False, lanes=batch).logits[
+            :, -1
+        ]
         batch.t += 1
         meter.watch_logits(logits, [targets[row] for row in rows])
         chosen = choose(logits, [(lane.result.request, len(lane.result.tokens)) for lane in lanes]).tolist()

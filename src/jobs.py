@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -13,39 +14,80 @@ from src.lanes import Cell, Fork, LaneBatch
 
 
 @dataclass(frozen=True)
+class SplitBudget:
+    """A budget in two parts: for the prompt, and for the tokens after it. Each a number as for `Variant`."""
+
+    prompt: int | float
+    decode: int | float
+
+    def __str__(self) -> str:
+        return f"{self.prompt:g}+{self.decode:g}"
+
+
+Budget = int | float | SplitBudget
+
+
+@dataclass(frozen=True)
 class Variant:
     """A policy and the budget as the user gave it.
 
     Args:
         policy: settings of the policy.
-        budget: entries per layer and KV head; a fraction in (0, 1] of the prompt; None for policies without.
+        budget: entries per layer and KV head; a fraction in (0, 1] of the prompt; both parts of it, for policies
+            with a decode pool; None for policies without.
 
     Raises:
         InputError: a budget the policy cannot work with.
     """
 
     policy: Policy
-    budget: int | float | None
+    budget: Budget | None
 
     def __post_init__(self) -> None:
-        name, least = type(self.policy).__name__, self.policy.least_budget()
-        if not self.policy.uses_budget:
+        policy, budget, name = self.policy, self.budget, type(self.policy).__name__
+        if not policy.uses_budget:
             return
-        if self.budget is None or self.budget <= 0 or (isinstance(self.budget, float) and self.budget > 1):
-            raise InputError(
-                f"budget={self.budget}: valid for {name}: entries per layer and KV head, at least {least}, "
-                "or a fraction of the prompt in (0, 1]"
-            )
-        if isinstance(self.budget, int) and self.budget < least:
-            raise InputError(f"budget={self.budget}: {name} always keeps {least - 1} tokens; valid: {least} or more")
+        least, least_decode = policy.least_budget(), policy.least_decode()
+        if isinstance(budget, SplitBudget):
+            if not policy.uses_decode_budget:
+                raise InputError(f"budget={budget}: {name} has no decode phase of its own; valid: one number")
+            check_budget("budget.prompt", budget.prompt, name, least)
+            check_budget("budget.decode", budget.decode, name, least_decode)
+            return
+        check_budget("budget", budget, name, least)
+        if policy.uses_decode_budget and isinstance(budget, int):
+            prompt, decode = policy.split(budget)
+            check_budget(f"budget={budget}, its prompt part", prompt, name, least)
+            check_budget(f"budget={budget}, its decode part", decode, name, least_decode)
 
-    def cell(self, tokens: int) -> Cell:
-        """The budget in entries for a prompt of `tokens` tokens."""
-        if not self.policy.uses_budget or self.budget is None:
-            return Cell(self.policy, tokens)
-        if isinstance(self.budget, float):
-            return Cell(self.policy, max(self.policy.least_budget(), round(self.budget * tokens)))
-        return Cell(self.policy, self.budget)
+    def cell(self, tokens: int, horizon: int = 0) -> Cell:
+        """The budget in entries for a prompt of `tokens` tokens, after which at most `horizon` come."""
+        policy = self.policy
+        if not policy.uses_budget or self.budget is None:
+            return Cell(policy, tokens)
+
+        def entries(share: int | float, least: int) -> int:
+            return max(least, round(share * tokens)) if isinstance(share, float) else share
+
+        least, least_decode = policy.least_budget(), policy.least_decode()
+        if isinstance(self.budget, SplitBudget):
+            prompt, decode = entries(self.budget.prompt, least), entries(self.budget.decode, least_decode)
+            return Cell(policy.at(decode, horizon), prompt)
+        budget = entries(self.budget, least)
+        if not policy.uses_decode_budget:
+            return Cell(policy, budget)
+        prompt, decode = policy.split(budget)
+        return Cell(policy.at(max(decode, least_decode), horizon), max(prompt, least))
+
+
+def check_budget(what: str, budget: Budget | None, name: str, least: int) -> None:
+    if not isinstance(budget, int | float) or budget <= 0 or (isinstance(budget, float) and budget > 1):
+        raise InputError(
+            f"{what}={budget}: valid for {name}: entries per layer and KV head, at least {least}, "
+            "or a fraction of the prompt in (0, 1]"
+        )
+    if isinstance(budget, int) and budget < least:
+        raise InputError(f"{what}={budget}: {name} always keeps {least - 1} tokens; valid: {least} or more")
 
 
 @dataclass(frozen=True)
@@ -87,11 +129,13 @@ class Generation:
         kept_prompt: per layer, original positions kept when the prompt had been cut, `(kv_heads, k)`.
         kept_end: the same when the lane ended, generated tokens included.
         kv_bytes: keys and values after the cut, read off the storages.
+        kv_bytes_by_device: the same, apart where some of it lies in host memory: "device" and "host".
         kv_bytes_peak: the most entries held times the bytes of an entry.
         kv_bytes_full: what everything read up to the cut would take (with `prompt_scope=context`, the context).
         bookkeeping_bytes: positions and the policy's own state.
         decode_seconds: the lane's share of the batch's time (step time / lanes in the step, summed).
         lanes: lanes in the batch at its start.
+        extra: what the policy itself reports about the lane.
         error: why there is no result; everything else is then empty.
     """
 
@@ -102,6 +146,7 @@ class Generation:
     kept_prompt: list[Tensor] = field(default_factory=list)
     kept_end: list[Tensor] = field(default_factory=list)
     kv_bytes: int = 0
+    kv_bytes_by_device: dict[str, int] = field(default_factory=dict)
     kv_bytes_peak: int = 0
     kv_bytes_full: int = 0
     bookkeeping_bytes: int = 0
@@ -109,17 +154,19 @@ class Generation:
     decode_seconds: float = 0.0
     lanes: int = 0
     fidelity: dict[str, float | list[float]] | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
 
     def describe_prompt(self, fork: Fork) -> None:
         """Record what is left of the prompt right after the cut."""
         self.kept_prompt = [cache.positions[0].to("cpu", copy=True) for cache in fork.caches]
         self.kv_bytes, self.bookkeeping_bytes = fork.nbytes(), fork.bookkeeping_nbytes()
-        self.kv_bytes_full = sum(cache.entry_bytes for cache in fork.caches) * fork.length
+        self.kv_bytes_by_device, self.kv_bytes_full = fork.nbytes_by_device(), fork.full_nbytes
 
     def describe_end(self, batch: LaneBatch, row: int) -> None:
         """Record what is cached when the lane has finished."""
         caches, lane = batch.locate(row)
         self.kept_end = [cache.positions[lane, :, : cache.used[lane]].to("cpu", copy=True) for cache in caches]
-        held = sum(cache.entry_bytes * cache.used[lane] for cache in caches)
+        held = sum(cache.entry_bytes * cache.most_used[lane] for cache in caches)
         self.kv_bytes_peak = max(self.kv_bytes, held)
+        self.extra = batch.measures(row)

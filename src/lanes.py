@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,7 @@ from torch import Tensor
 from policies.base import Policy, State
 from src.cache import DecodeStep, LayerCache
 from src.prompt_attention import PromptAttention
+from src.states import settle, stack_states
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 Rotate = Callable[[Tensor, Tensor], Tensor]
@@ -28,10 +31,6 @@ class Cell:
     policy: Policy
     budget: int
 
-    @property
-    def limit(self) -> int | None:
-        return self.budget if self.policy.evicts_while_decoding else None
-
 
 class Fork:
     """One prompt under one cell: what is left of it in every layer."""
@@ -40,22 +39,32 @@ class Fork:
         self.cell, self.length = cell, length  # length: prompt tokens
         self.caches: list[LayerCache] = []
         self.states: list[State] = []
+        self.full_nbytes = 0  # of the whole prompt's keys and values, as the model computes them
 
     def pool_key(self) -> object:
         """Lanes with equal keys are attended in one call: the same limit, or about the same size and growing."""
-        if self.cell.limit is not None:
-            return self.cell.limit
-        return f"grows from about 2^{round(4 * math.log2(max(c.slots for c in self.caches))) / 4}"
+        limit: object = self.caches[0].limit
+        if limit is None:
+            limit = f"grows from about 2^{round(4 * math.log2(max(c.slots for c in self.caches))) / 4}"
+        return limit, self.cell if self.cell.policy.own_pool else None
 
     def add_layer(self, prompt: PromptAttention) -> None:
         policy, budget = self.cell.policy, self.cell.budget
         kept = policy.keep_prompt(prompt, budget)
-        self.caches.append(LayerCache.from_prompt(prompt.keys, prompt.values, kept, self.cell.limit))
+        self.caches.append(policy.make_cache(prompt, kept, policy.limit(budget, kept.shape[-1])))
         self.states.append(policy.start(prompt, kept, budget))
+        self.full_nbytes += prompt.keys.nbytes + prompt.values.nbytes
 
     def nbytes(self) -> int:
         """Exact bytes of keys and values."""
         return sum(cache.nbytes for cache in self.caches)
+
+    def nbytes_by_device(self) -> dict[str, int]:
+        """`nbytes` by where they lie."""
+        total: Counter[str] = Counter()
+        for cache in self.caches:
+            total.update(cache.nbytes_by_device())
+        return dict(total)
 
     def bookkeeping_nbytes(self) -> int:
         """Bytes kept beside keys and values: positions and the policy's state."""
@@ -149,7 +158,7 @@ class Pool:
         Returns:
             `(lanes, kv_heads, group, head_dim)`.
         """
-        cache = self.caches[layer]
+        cache, room = self.caches[layer], self.room(layer, t)
         added = cache.ensure_room()
         logits = cache.logits(query, key, scaling)
         steps = []
@@ -164,6 +173,7 @@ class Pool:
                 positions=cache.positions[rows],
                 position=position[rows],
                 budget=m.cell.budget,
+                limit=cache.limit,
                 t=t,
                 layer=layer,
                 scaling=scaling,
@@ -172,22 +182,34 @@ class Pool:
             m.cell.policy.adjust_logits(step)
             steps.append(step)
         weights = logits.softmax(dim=-1)
-        out = cache.mix(weights, value)
-        victims = []
-        evicting = cache.limit is not None and max(cache.used) >= cache.limit
         for m, step in zip(self.members, steps, strict=True):
             step.weights = weights[m.start : m.stop]
             state = m.states[layer]
             if added:
                 state.slots = {name: F.pad(tensor, (0, added)) for name, tensor in state.slots.items()}
+            m.cell.policy.adjust_weights(step, state)
+        out = cache.mix(weights, value)
+        victims = []
+        evicting = room is not None and max(cache.used) >= room
+        for m, step in zip(self.members, steps, strict=True):
+            state = m.states[layer]
             m.cell.policy.observe(step, state)
-            if evicting:
+            kept = m.cell.policy.prune(step, state)
+            if kept is not None:  # the member has the pool to itself
+                cache.keep(kept)
+                state.keep(kept)
+            elif evicting:
                 victims.append(m.cell.policy.evict(step, state))
-        slot = cache.place(torch.cat(victims) if evicting else None)
+        slot = cache.place(torch.cat(victims) if victims else None, room)
         for m in self.members:
             settle(m.states[layer], slot[m.start : m.stop])
-        cache.write(slot, key, value, position, any(m.cell.policy.may_refuse for m in self.members))
+        cache.write(slot, key, value, position, room, any(m.cell.policy.may_refuse for m in self.members))
         return out
+
+    def room(self, layer: int, t: int) -> int | None:
+        """Entries that the layer's cache may hold after the step; None: any number."""
+        limit, policy = self.caches[layer].limit, self.members[0].cell.policy
+        return policy.room(t, limit) if limit is not None and policy.own_pool else limit
 
     def select(self, keep: Sequence[int]) -> None:
         """Keep only these lanes, in this order (ascending)."""
@@ -213,7 +235,7 @@ class LaneBatch:
 
     Attributes:
         t: tokens that every lane has taken since its prompt was cut.
-        position: original position of each lane's incoming token, `(lanes,)`; set before every step.
+        position: original position of each lane's incoming token, `(lanes,)`, int32; set before every step.
         longest: the longest text of any lane so far, in tokens.
     """
 
@@ -242,6 +264,12 @@ class LaneBatch:
             self.watch(layer, out)
         return out
 
+    def measures(self, row: int) -> dict[str, Any]:
+        """What a row's policy has to say about it."""
+        pool = next(p for p in self.pools if p.row <= row < p.row + p.lanes)
+        member = next(m for m in pool.members if m.start <= row - pool.row < m.stop)
+        return member.cell.policy.measures(member.states, row - pool.row - member.start)
+
     def locate(self, row: int) -> tuple[list[LayerCache], int]:
         """The caches that hold a row of the batch, and the lane's place in them."""
         pool = next(p for p in self.pools if p.row <= row < p.row + p.lanes)
@@ -259,23 +287,3 @@ class LaneBatch:
                 pools.append(pool)
                 row += len(rows)
         self.pools = pools
-
-
-def stack_states(states: Sequence[State], slots: int) -> State:
-    """One state for several lanes: `slots` tensors padded to `slots + 1` columns and stacked in front."""
-
-    def padded(tensor: Tensor) -> Tensor:
-        return F.pad(tensor, (0, slots + 1 - tensor.shape[-1]))
-
-    return State(
-        slots={name: torch.stack([padded(s.slots[name]) for s in states]) for name in states[0].slots},
-        fixed={name: torch.stack([s.fixed[name] for s in states]) for name in states[0].fixed},
-    )
-
-
-def settle(state: State, slot: Tensor) -> None:
-    """Move the incoming token's column to its slot `(lanes, kv_heads)` in every slot tensor, and clear it."""
-    for tensor in state.slots.values():
-        index = slot.view(*slot.shape, *(1,) * (tensor.dim() - 2)).expand(*tensor.shape[:-1], 1)
-        tensor.scatter_(-1, index, tensor[..., -1:].clone())  # torch refuses a source that overlaps its target
-        tensor[..., -1] = 0

@@ -10,6 +10,7 @@ import sys
 
 from omegaconf import DictConfig
 
+from src.checks import check_settings
 from src.session import Session, show_results
 from src.settings import main, make_cell, parse_budget
 
@@ -17,6 +18,7 @@ from src.settings import main, make_cell, parse_budget
 def run(cfg: DictConfig) -> int:
     """The job: returns the exit code and prints the results folder as the last line."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    check_settings(cfg)
     cell = make_cell(cfg.policy, parse_budget(cfg.budget))
     session = Session(cfg, [cell], lanes=cfg.lanes)
     code = session.run()

@@ -5,12 +5,12 @@ samples -> prompts -> which cells still lack them -> engine -> one record per ce
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from types import FrameType
@@ -18,22 +18,19 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from evals.metrics import extra_scores, score_sample
-from evals.prompts import Prompt, encode
 from evals.tasks import Sample, load_samples
+from src.binding import bind
+from src.cluster import distributed
 from src.engine import Engine
 from src.environment import environment
 from src.errors import InputError
-from src.jobs import Generation, Job, Request
+from src.jobs import Job
 from src.models import LoadedModel, load_model
 from src.progress import Progress
 from src.records import Kept, RunFolder, run_path
+from src.samples import Prepared, malformed_record, prepare, refuse_missing_references, to_record, to_request
 from src.settings import CellConfig
 from src.tracking import Tracker, Tracking
-
-log = logging.getLogger(__name__)
-
-SCOPES = ("whole", "context")
 
 
 @lru_cache(maxsize=1)
@@ -51,21 +48,11 @@ class Cell:
     tracker: Tracker
 
 
-@dataclass(frozen=True)
-class Task:
-    """A sample with its prompt, as the engine will see it."""
-
-    sample: Sample
-    prompt: Prompt
-    ids: list[int]
-    key: tuple[str, str, str]
-
-
 class Session:
     """Runs cells over the samples that a config names, and finishes their folders.
 
     Args:
-        cfg: a composed run or sweep config.
+        cfg: a composed run or sweep config, checked (`src.checks`).
         cells: policies and budgets.
         lanes: the most lanes decoded together.
 
@@ -75,38 +62,49 @@ class Session:
 
     def __init__(self, cfg: DictConfig, cells: Sequence[CellConfig], lanes: int) -> None:
         self.cfg = cfg
-        if cfg.prompt_scope not in SCOPES:
-            raise InputError(f"prompt_scope={cfg.prompt_scope}: valid: {', '.join(SCOPES)}")
-        if lanes < 1:
-            raise InputError(f"lanes={lanes}: valid: 1 or more")
-        tasks = OmegaConf.to_container(cfg.tasks, resolve=True)
-        assert isinstance(tasks, dict)
-        options = {str(k): v for k, v in tasks.items() if k not in ("suite", "names", "data_dir")}
-        self.samples = load_samples(tasks["suite"], tasks["names"], cfg.limit, tasks["data_dir"], cfg.seed, **options)
-        if cfg.fidelity:
-            refuse_missing_references(self.samples)
+        if cfg.overwrite and distributed():
+            raise InputError(
+                "overwrite=true: jobs of a cluster may share a results folder and would delete each other's; "
+                "valid: false, or move the old results away"
+            )
+        self.samples = self._samples()
+        tracking = Tracking(**cfg.wandb)
         self.model = loaded(json.dumps(OmegaConf.to_container(cfg.model, resolve=True), sort_keys=True))
         self.engine = Engine(self.model.model, lanes)
         self.interrupted = False
         self.failed = 0
-        tracking = Tracking(**cfg.wandb)
-        self.cells = [self._open(cell, tracking) for cell in cells]
+        self.cells: list[Cell] = []
+        with ExitStack() as opened:  # if the last cell's folder is refused, the others' are free again
+            for cell in bind(cells, self.model):
+                self.cells.append(self._open(cell, tracking))
+                opened.callback(self.cells[-1].folder.close)
+            opened.pop_all()
 
     def run(self) -> int:
-        """All samples that any cell lacks; returns the exit code: 0, 1 (samples failed), 130 (interrupted)."""
-        before = signal.signal(signal.SIGINT, self._interrupt)
+        """All samples that any cell lacks; returns the exit code: 0, 1 (samples failed), 130 (interrupted).
+
+        Raises:
+            KeyboardInterrupt: at the second Ctrl-C. Every record written so far stays.
+        """
+        progress = Progress([c.config for c in self.cells], total=len(self.samples))
+        at_once = False
         try:
-            with Progress([c.config for c in self.cells], total=len(self.samples)) as progress:
+            with heeding(self._interrupt), progress:
                 self._run(progress)
+        except KeyboardInterrupt:
+            at_once = True
+            raise
         finally:
-            signal.signal(signal.SIGINT, before)
             for cell in self.cells:
-                self._close(cell)
-        if self.interrupted:
-            print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
-            return 130
+                if not at_once:
+                    self._close(cell)
+                cell.folder.close()
+            if self.interrupted:
+                print(f"interrupted: {progress.finished} of {progress.total} done; {self._again()}", file=sys.stderr)
         if self.failed:
             print(f"{self.failed} samples failed; their reasons are in predictions.jsonl (`error`)", file=sys.stderr)
+        if self.interrupted:
+            return 130
         return 1 if self.failed else 0
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
@@ -116,36 +114,59 @@ class Session:
         self.interrupted = True
         print("stopping after the samples in flight (Ctrl-C again: at once)", file=sys.stderr)
 
+    def _again(self) -> str:
+        command = "the same command without overwrite=true" if self.cfg.overwrite else "the same command"
+        return f"{command} goes on where this one stopped"
+
+    def _samples(self) -> list[Sample]:
+        cfg = self.cfg
+        tasks: Any = OmegaConf.to_container(cfg.tasks, resolve=True)
+        options = {str(k): v for k, v in tasks.items() if k not in ("suite", "names", "data_dir")}
+        samples = load_samples(
+            tasks["suite"], tasks["names"], cfg.limit, tasks["data_dir"], cfg.seed, cfg.broken_rows, **options
+        )
+        if cfg.fidelity:
+            refuse_missing_references(samples)
+        return samples
+
     def _run(self, progress: Progress) -> None:
         by_variant = {id(cell.config.variant): cell for cell in self.cells}
-        tasks: dict[str, Task] = {}
+        prepared: dict[str, Prepared] = {}
 
         def jobs() -> Iterator[Job]:
             for sample in self.samples:
                 if self.interrupted:
                     return
-                task = self._task(sample)
-                missing = [c for c in self.cells if not c.folder.done(task.key, self.cfg.fidelity)]
+                if sample.error:
+                    for cell in self.cells:
+                        self._keep(cell, malformed_record(sample), None, progress)
+                    continue
+                one = prepare(sample, self.model)
+                missing = [c for c in self.cells if not c.folder.done(one.key, self.cfg.fidelity)]
                 for cell in self.cells:
                     if cell not in missing:
                         progress.skip(cell.config)
                 if missing:
-                    request = self._request(task)
-                    tasks[request.name] = task
+                    request = to_request(one, self.model, self.cfg)
+                    prepared[request.name] = one
                     yield Job(request, [c.config.variant for c in missing])
 
-        for result in self.engine.run(jobs()):
-            cell = by_variant[id(result.variant)]
-            record = self._record(tasks[result.request.name], result)
+        for result in self.engine.run(jobs(), stop=lambda: self.interrupted):
+            record = to_record(prepared[result.request.name], result, self.model, self.cfg)
             kept = None if result.error else Kept(result.kept_prompt, result.kept_end)
+            self._keep(by_variant[id(result.variant)], record, kept, progress)
+
+    def _keep(self, cell: Cell, record: dict[str, Any], kept: Kept | None, progress: Progress) -> None:
+        """Onto the disk, to the tracker, onto the screen."""
+        if not (record["error"] and record in cell.folder.records):  # the same malformed row is written once
             cell.folder.append(record, kept)
             cell.tracker.log_sample(record)
-            progress.done(cell.config, record)
-            self.failed += bool(record["error"])
+        progress.done(cell.config, record)
+        self.failed += bool(record["error"])
 
     def _open(self, cell: CellConfig, tracking: Tracking) -> Cell:
         settings = self._settings(cell)
-        path = run_path(self.cfg.output_root, self.model.name, cell.label, budget_name(cell), settings)
+        path = run_path(self.cfg.output_root, self.model.name, cell.label, cell.budget_name, settings)
         grid = ("policies", "budgets", "max_lanes")  # a cell's config does not depend on the grid it was part of
         config = {k: v for k, v in self.cfg.items() if k not in grid}
         config |= {"policy": cell.settings, "budget": cell.budget}
@@ -154,11 +175,12 @@ class Session:
             settings,
             OmegaConf.to_yaml(OmegaConf.create(config), resolve=True),
             environment(str(self.model.device)),
-            retention=self.cfg.retention,
+            retention=self.cfg.retention or "off",  # YAML reads a bare `off` as false
             overwrite=self.cfg.overwrite,
+            shared=distributed(),
         )
         flat = {"settings": settings, "tasks": OmegaConf.to_container(self.cfg.tasks, resolve=True)}
-        name = f"{self.model.name} {cell.label} {budget_name(cell)}"
+        name = f"{self.model.name} {cell.label} {cell.budget_name}"
         return Cell(cell, folder, tracking.start(path, flat, name, done=len(folder.records)))
 
     def _settings(self, cell: CellConfig) -> dict[str, Any]:
@@ -212,99 +234,22 @@ class Session:
             peaks=peaks,
         )
         cell.tracker.finish(metrics, cell.folder.records)
-        cell.folder.close()
-
-    def _task(self, sample: Sample) -> Task:
-        prompt = encode(
-            sample,
-            self.model.tokenizer,
-            self.model.max_prompt_tokens,
-            self.model.chat,
-            self.model.template_kwargs,
-        )
-        ids = self.model.fit_ids(prompt.ids)
-        digest = hashlib.sha256(json.dumps([ids, prompt.context_tokens]).encode()).hexdigest()[:16]
-        return Task(sample, prompt, ids, (sample.task.name, sample.id, digest))
-
-    def _request(self, task: Task) -> Request:
-        sample, prompt = task.sample, task.prompt
-        stop = self.model.stop_ids | (self.model.newline_ids() if sample.task.stop_at_newline else frozenset())
-        cut = self.cfg.prompt_scope == "context" and 0 < prompt.context_tokens < len(task.ids)
-        longest = self.cfg.max_new_tokens or sample.task.max_new_tokens
-        return Request(
-            name=f"{sample.task.name}/{sample.id}/{task.key[2]}",
-            ids=task.ids,
-            stop_ids=stop,
-            max_new_tokens=longest,
-            min_new_tokens=min(sample.task.min_new_tokens, longest),
-            context_tokens=prompt.context_tokens if cut else None,
-            reference=self._reference(task, longest) if self.cfg.fidelity else None,
-        )
-
-    def _reference(self, task: Task, longest: int) -> list[int]:
-        """The first reference answer as the model would write it, with its end token."""
-        glued = not task.prompt.chat and not task.sample.prompt[-1:].isspace()
-        answer = (" " if glued else "") + task.sample.answers[0]
-        ids = self.model.tokenizer.encode(answer, add_special_tokens=False)[: longest - 1]
-        return self.model.fit_ids([*ids, self.model.tokenizer.eos_token_id])
-
-    def _record(self, task: Task, result: Generation) -> dict[str, Any]:
-        sample = task.sample
-        record: dict[str, Any] = {
-            "task": sample.task.name,
-            "id": sample.id,
-            "prompt_hash": task.key[2],
-            "prompt_tokens": len(task.ids),
-            "truncated": task.prompt.truncated,
-            "answers": list(sample.answers),
-            "all_classes": list(sample.all_classes) if sample.all_classes else None,
-            "length": sample.length,
-            "error": result.error,
-        }
-        if result.error:
-            return {**record, "prediction": "", "new_tokens": 0, "score": None}
-        prediction = str(self.model.tokenizer.decode(result.tokens, skip_special_tokens=True))
-        score = score_sample(sample.task, prediction, sample.answers, sample.all_classes, self.cfg.edit_similarity)
-        return {
-            **record,
-            "prediction": prediction,
-            "new_tokens": len(result.tokens),
-            "finish": result.finish,
-            "score": score,
-            "extra_scores": extra_scores(sample.task, prediction, sample.answers),
-            "kept": {"prompt": entries(result.kept_prompt), "end": entries(result.kept_end)},
-            "kv_bytes": result.kv_bytes,
-            "kv_bytes_peak": result.kv_bytes_peak,
-            "kv_bytes_full": result.kv_bytes_full,
-            "bookkeeping_bytes": result.bookkeeping_bytes,
-            "seconds": result.prefill_seconds + result.decode_seconds,
-            "prefill_seconds": result.prefill_seconds,
-            "decode_seconds": result.decode_seconds,
-            "lanes": result.lanes,
-            "fidelity": result.fidelity,
-        }
-
-
-def entries(kept: Sequence[Any]) -> int | list[int]:
-    """Entries per KV head: one number when all layers hold equally many."""
-    counts = [int(layer.shape[-1]) for layer in kept]
-    return counts[0] if len(set(counts)) == 1 else counts
-
-
-def budget_name(cell: CellConfig) -> int | float | str:
-    return "all" if cell.budget is None else cell.budget
-
-
-def refuse_missing_references(samples: Sequence[Sample]) -> None:
-    for sample in samples:
-        if not any(answer.strip() for answer in sample.answers[:1]):
-            raise InputError(
-                f"fidelity=true: task {sample.task.name}, sample {sample.id} has no reference answer; "
-                "valid: fidelity=false, or tasks with answers"
-            )
 
 
 def show_results(cells: Sequence[Cell]) -> None:
     """The last line on stdout: the run's folder, or the folder that holds all cells' folders."""
     path = cells[0].folder.path
     print(f"results: {path if len(cells) == 1 else path.parent}")
+
+
+@contextmanager
+def heeding(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Ctrl-C goes to `handler` meanwhile. Only a process's main thread can ask for that."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -25,11 +25,14 @@ from omegaconf.errors import OmegaConfBaseException
 from evals.errors import DataError
 from evals.tasks import task_names
 from policies.base import Policy
+from src.cluster import EXTRAS, Outcome, distributed, report, run_job
 from src.errors import InputError
-from src.jobs import Variant
+from src.help import register_help
+from src.jobs import Budget, SplitBudget, Variant
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 SUITES = ("pocket", "longbench", "longgenbench")
+INTERRUPTED = 130  # the exit code of whatever Ctrl-C has ended
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,18 @@ class CellConfig:
 
     @property
     def budget(self) -> int | float | None:
-        return self.variant.budget
+        """One number for tables: of a budget in two parts their sum, or the prompt's part if one is a share."""
+        budget = self.variant.budget
+        if not isinstance(budget, SplitBudget):
+            return budget
+        both = isinstance(budget.prompt, int) and isinstance(budget.decode, int)
+        return budget.prompt + budget.decode if both else budget.prompt
+
+    @property
+    def budget_name(self) -> str:
+        """In folder names: `all` without a budget, `256+64` in two parts."""
+        budget = self.variant.budget
+        return "all" if budget is None else f"{budget:g}" if isinstance(budget, float) else str(budget)
 
 
 def main(config_name: str, job: Callable[[DictConfig], int]) -> int:
@@ -52,26 +66,38 @@ def main(config_name: str, job: Callable[[DictConfig], int]) -> int:
     Returns:
         The exit code, the largest of all jobs': 0, 1 (samples failed), 2 (a setting or an input is wrong).
     """
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us as exceptions
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us as exceptions
     register_tasks()
+    register_help()
     codes: list[int] = []
 
-    def collect(cfg: DictConfig) -> int:
-        several = HydraConfig.get().mode == RunMode.MULTIRUN
-        which = f"job {HydraConfig.get().job.override_dirname}: " if several else ""
-        try:
-            codes.append(job(cfg))
-        except (InputError, DataError) as error:
-            codes.append(complain(which + str(error)))
+    def collect(cfg: DictConfig) -> int | Outcome:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            outcome = run_job(job, cfg)
+            if distributed():
+                return outcome  # to the launcher, in the process that the user started
+            codes.append(report([HydraConfig.get().job.override_dirname.replace(",", " ")], outcome))
+        else:
+            try:
+                codes.append(job(cfg))
+            except (InputError, DataError) as error:
+                codes.append(complain(str(error)))
+            except OmegaConfBaseException as error:
+                codes.append(complain(explain(error, config_name, sys.argv[1:])))
+        if codes[-1] == INTERRUPTED:
+            raise KeyboardInterrupt  # ends the jobs that were to follow, too
         return codes[-1]
 
     collect.__module__, collect.__qualname__ = job.__module__, job.__qualname__
+    collect.codes = codes  # type: ignore[attr-defined]  # where a launcher of hydra_plugins/ adds its jobs' codes
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(collect)()
     except (HydraException, OmegaConfBaseException) as error:
         return complain(explain(error, config_name, sys.argv[1:]))
+    except InputError as error:  # of a launch
+        return complain(str(error))
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     return max(codes, default=0)
 
 
@@ -93,6 +119,8 @@ def register_tasks() -> None:
 def explain(error: Exception, config_name: str, arguments: list[str]) -> str:
     """Hydra's message as one line: the setting, its value and what would be valid."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        if extra := EXTRAS.get(str(error.missing_cfg_file)):
+            return f"cluster={extra}: its launcher is not installed; install it with: pip install '.[{extra}]'"
         group, _, value = str(error.missing_cfg_file).rpartition("/")
         valid = ", ".join(sorted(o for o in error.options or [] if not o.startswith("_")))
         return f"{group or 'config'}={value}: no such configuration; valid: {valid}"
@@ -109,9 +137,9 @@ def explain(error: Exception, config_name: str, arguments: list[str]) -> str:
 
 def valid_keys(config_name: str, parent: str, arguments: list[str]) -> str:
     """The settings beside a misspelt one: the config without the dotted overrides."""
-    groups = [a for a in arguments if re.fullmatch(r"(policy|model|tasks|experiment)=[^,\[{]+", a)]
+    groups = [a for a in arguments if re.fullmatch(r"(policy|model|tasks|experiment|cluster)=[^,\[{]+", a)]
     with composing():
-        cfg = compose(config_name, overrides=groups)
+        cfg = compose(config_name, overrides=groups, return_hydra_config=parent.startswith("hydra"))
     node = OmegaConf.select(cfg, parent) if parent else cfg
     keys = [str(k) for k in node if not str(k).startswith("_")] if isinstance(node, DictConfig) else []
     return ", ".join(sorted(keys)) or "none"
@@ -139,16 +167,16 @@ def policy_config(spec: str | Mapping[str, Any], seed: int = 0) -> DictConfig:
     Raises:
         InputError: an unknown policy or option; the valid ones are named.
     """
-    options = {"name": spec} if isinstance(spec, str) else dict(spec)
+    options = {"name": spec} if isinstance(spec, str) else dict(spec) if isinstance(spec, Mapping) else {}
     name = options.pop("name", None)
     if name is None:
         raise InputError(f"policies: {spec} has no name; valid: a policy's name or {{name: ..., option: value}}")
     overrides = [f"policy={name}", f"seed={seed}"]
     if HydraConfig.initialized():  # a folder of the user's own policies
         sources = HydraConfig.get().runtime.config_sources
-        extra = [s.path for s in sources if s.schema == "file" and Path(s.path) != CONF]
+        extra = [f"{s.schema}://{s.path}" for s in sources if s.provider not in ("hydra", "main", "schema")]
         if extra:
-            overrides.append(f"hydra.searchpath=[{','.join('file://' + path for path in extra)}]")
+            overrides.append("hydra.searchpath=[" + ",".join(map(quoted, extra)) + "]")
     try:
         with composing():
             node = compose("config", overrides=overrides).policy
@@ -161,7 +189,12 @@ def policy_config(spec: str | Mapping[str, Any], seed: int = 0) -> DictConfig:
     return OmegaConf.merge(node, options)  # type: ignore[return-value]
 
 
-def make_cell(policy: DictConfig, budget: int | float | None, shown: str = "") -> CellConfig:
+def quoted(value: str) -> str:
+    """For Hydra's override grammar."""
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def make_cell(policy: DictConfig, budget: Budget | None, shown: str = "") -> CellConfig:
     """The policy object and its label; `policy` is a config with `name` and `_target_`.
 
     Raises:
@@ -176,17 +209,27 @@ def make_cell(policy: DictConfig, budget: int | float | None, shown: str = "") -
         raise InputError(f"policy={name}: {str(cause).splitlines()[0]}") from None
     if not isinstance(made, Policy):
         raise InputError(f"policy={name}: {settings['_target_']} is not a policies.base.Policy")
-    return CellConfig(
-        name, {"name": name, **settings}, Variant(made, budget if made.uses_budget else None), shown or name
-    )
+    settings = {"name": name, **settings}
+    if isinstance(budget, SplitBudget) and made.uses_budget:
+        settings["decode_budget"] = budget.decode
+        shown = f"{shown or name} decode={budget.decode:g}"
+    return CellConfig(name, settings, Variant(made, budget if made.uses_budget else None), shown or name)
 
 
-def parse_budget(value: Any) -> int | float:
-    """A budget as given: a whole number of entries, or a share of the prompt.
+def parse_budget(value: Any) -> Budget:
+    """A budget as given: entries above 1, a share of the prompt up to 1 (1 is all of it), or {prompt: .., decode: ..}.
 
     Raises:
         InputError: anything else.
     """
+    if isinstance(value, Mapping):
+        if set(value) != {"prompt", "decode"}:
+            raise InputError(f"budget={dict(value)}: valid in two parts: {{prompt: .., decode: ..}}")
+        return SplitBudget(parse_number(value["prompt"]), parse_number(value["decode"]))
+    return parse_number(value)
+
+
+def parse_number(value: Any) -> int | float:
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not number or value <= 0 or (value > 1 and value != int(value)):
         raise InputError(

@@ -126,12 +126,29 @@ def _memory(rows: Sequence[Record], peaks: Mapping[str, float | None]) -> dict[s
         "kv_bytes_mean": _rounded(kept, 1),
         "kv_bytes_full_mean": _rounded(full, 1),
         "ratio": round(kept / full, 6) if kept is not None and full else None,
+        **_by_device(rows, full),
         "kv_bytes_peak_mean": _rounded(mean(r.get("kv_bytes_peak") for r in rows), 1),
         "kv_bytes_peak_max": peak("kv_bytes_peak"),
         "bookkeeping_bytes_mean": _rounded(mean(r.get("bookkeeping_bytes") for r in rows), 1),
         "peak_bytes": peak("peak_bytes"),
         "peak_prefill_bytes": peak("peak_prefill_bytes"),
         "peak_decode_bytes": peak("peak_decode_bytes"),
+    }
+
+
+def _by_device(rows: Sequence[Record], full: float | None) -> dict[str, Any]:
+    """Where part of the cache lies in host memory: the device's part, without and with what all lanes share there."""
+    device = mean(r.get("kv_bytes_device") for r in rows)
+    if device is None or not full:
+        return {}
+    shared = max(r.get("codebook_bytes") or 0 for r in rows)
+    return {
+        "kv_bytes_device_mean": _rounded(device, 1),
+        "kv_bytes_host_mean": _rounded(mean(r.get("kv_bytes_host") for r in rows), 1),
+        "codebook_bytes": shared,
+        "device_ratio": round(device / full, 6),
+        "device_ratio_with_codebooks": round((device + shared) / full, 6),
+        "chosen_share_mean": _rounded(mean(r.get("chosen_share") for r in rows), 6),
     }
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from src.checks import check_settings
 from src.errors import InputError
 from src.session import Session, show_results
 from src.settings import CellConfig, main, make_cell, parse_budget, policy_config
@@ -51,8 +52,9 @@ def grid(policies: Any, budgets: Any, seed: int = 0) -> list[CellConfig]:
 def sweep(cfg: DictConfig) -> int:
     """The job: returns the exit code and prints the folder of all cells' results as the last line."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
-    policies, budgets = (OmegaConf.to_container(node, resolve=True) for node in (cfg.policies, cfg.budgets))
-    cells = grid(policies, budgets, cfg.seed)
+    check_settings(cfg)
+    plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    cells = grid(plain["policies"], plain["budgets"], cfg.seed)
     session = Session(cfg, cells, lanes=cfg.max_lanes)
     code = session.run()
     show_results(session.cells)

@@ -28,3 +28,29 @@ def shared() -> Callable[[str], Path]:
 def threads(request: pytest.FixtureRequest) -> None:
     """One thread for tiny models: they are faster so, far more on a busy machine. The real weights get all."""
     torch.set_num_threads((os.cpu_count() or 1) if request.node.get_closest_marker("slow") else 1)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama with its tokenizer, saved for `model=local`."""
+    from tiny import tiny, tiny_tokenizer
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    tiny("llama").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def base(model_folder: Path, tmp_path: Path) -> list[str]:
+    """Arguments of a run or sweep that takes well under a second and writes to `tmp_path / "results"`."""
+    return [
+        "model=local",
+        f"model.path={model_folder}",
+        "model.max_prompt_tokens=200",
+        "tasks=needle",
+        "limit=2",
+        "max_new_tokens=8",
+        "wandb.mode=disabled",
+        f"output_root={tmp_path / 'results'}",
+    ]

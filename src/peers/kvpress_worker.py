@@ -11,6 +11,7 @@ import time
 import torch
 from kvpress import ObservedAttentionPress, SnapKVPress, StreamingLLMPress
 from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.utils import logging as transformers_logging
 
 PRESSES = {
     "full": lambda ratio: None,
@@ -40,6 +41,7 @@ def cell(model: torch.nn.Module, ids: list[int], press: str, budget: int | None,
 
 
 def main(path: str) -> None:
+    transformers_logging.disable_progress_bar()
     # The request's own attention: eager only where the press needs the weights.
     models = {
         kind: AutoModelForCausalLM.from_pretrained(path, attn_implementation=kind, dtype=torch.float32).eval()

@@ -1,0 +1,43 @@
+"""Policies meet the model: asked once, before anything runs (`Policy.bind`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from policies.base import ModelShape
+from src.errors import InputError
+from src.jobs import Variant
+from src.models import LoadedModel
+from src.settings import CellConfig
+
+
+def shape_of(model: LoadedModel) -> ModelShape:
+    """What a policy may know about a model."""
+    config = model.model.config.get_text_config()
+    heads = config.num_attention_heads
+    return ModelShape(
+        name=model.name,
+        layers=config.num_hidden_layers,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        dtype=model.dtype,
+        device=model.device,
+    )
+
+
+def bind(cells: Sequence[CellConfig], model: LoadedModel) -> list[CellConfig]:
+    """The cells with policies that know the model; what they found goes into the settings of their results.
+
+    Raises:
+        InputError: a policy that does not go with the model.
+    """
+    shape, bound = shape_of(model), []
+    for cell in cells:
+        try:
+            policy = cell.variant.policy.bind(shape)
+        except ValueError as error:
+            raise InputError(f"policy={cell.label}: {error}") from None
+        settings = {**cell.settings, **policy.fingerprint()}
+        bound.append(replace(cell, settings=settings, variant=Variant(policy, cell.variant.budget)))
+    return bound

@@ -1,0 +1,173 @@
+"""Codebooks for product-quantised keys (HCAttention), fitted once per model and kept in the user's cache folder:
+
+    python -m src.codebooks model=smollm2-135m groups=32 centroids=256
+
+One codebook per layer, KV head and group of dimensions: keys of different layers and heads have little in common,
+and the choice is ours (the paper's is not known). Keys are taken after the rotary embedding, as they are cached.
+The fit is scikit-learn's MiniBatchKMeans, at most 200 iterations, batches of 10,000, on the keys of three samples
+of text, as the paper has it; the text is prose that every Python ships.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import sys
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from joblib import Parallel, delayed
+from omegaconf import DictConfig, OmegaConf
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from policies.base import ModelShape
+from src import attention
+from src.embedded import cache_folder
+from src.errors import InputError
+
+
+@dataclass(frozen=True)
+class Codebooks:
+    """Centroids of one model, `(layers, kv_heads, g, c, head_dim / g)`, and the digest of the file."""
+
+    centroids: Tensor
+    digest: str
+
+
+def default_path(model: str, groups: int, centroids: int) -> Path:
+    return cache_folder() / "codebooks" / f"{model}-g{groups}-c{centroids}.safetensors"
+
+
+def load_codebooks(path: str | None, model: ModelShape, groups: int, centroids: int) -> Codebooks:
+    """The codebooks of a file, on the model's device and in its precision.
+
+    Raises:
+        InputError: no such file, or one of another model or other dimensions.
+    """
+    file = Path(path).expanduser() if path else default_path(model.name, groups, centroids)
+    if not file.is_file():
+        raise InputError(
+            f"policy.codebooks={path or 'null'}: no codebooks at {file}; valid: a file made by "
+            f"`python -m src.codebooks model={model.name} groups={groups} centroids={centroids}`"
+        )
+    tensor, found, digest = read_codebooks(file, file.stat().st_mtime_ns)
+    wanted = describe(model, groups, centroids)
+    for name in wanted:
+        if found.get(name) != wanted[name]:
+            raise InputError(
+                f"policy.codebooks={file}: made for {name}={found.get(name)}, this run has {name}={wanted[name]}; "
+                f"valid: codebooks from `python -m src.codebooks model={model.name} groups={groups} "
+                f"centroids={centroids}`"
+            )
+    return Codebooks(tensor.to(model.device, model.dtype), digest)
+
+
+@lru_cache(maxsize=8)
+def read_codebooks(file: Path, changed: int) -> tuple[Tensor, dict[str, str], str]:
+    """Tensor, metadata and digest; `changed` makes a rewritten file a new one."""
+    try:
+        with safe_open(file, "pt") as opened:
+            tensor, found = opened.get_tensor("centroids"), opened.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"policy.codebooks={file}: not a codebook file ({str(error).splitlines()[0]})") from None
+    return tensor, found, hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+
+
+def describe(model: ModelShape, groups: int, centroids: int) -> dict[str, str]:
+    """What must agree between a file and a run."""
+    shape = {"model": model.name, "layers": model.layers, "kv_heads": model.kv_heads, "head_dim": model.head_dim}
+    return {k: str(v) for k, v in {**shape, "groups": groups, "centroids": centroids}.items()}
+
+
+def save_codebooks(file: Path, tensor: Tensor, model: ModelShape, **more: Any) -> None:
+    """`(layers, kv_heads, g, c, head_dim / g)`, with metadata that says what it is for; written whole."""
+    found = describe(model, tensor.shape[2], tensor.shape[3]) | {k: str(v) for k, v in more.items()}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part")
+    save_file({"centroids": tensor.contiguous()}, part, {**found, "dtype": str(model.dtype).removeprefix("torch.")})
+    part.replace(file)
+
+
+class KeyCollector:
+    """Stands where lanes stand: attends in full and keeps every layer's keys, `(kv_heads, n, head_dim)`."""
+
+    def __init__(self, longest: int) -> None:
+        self.longest = longest
+        self.keys: list[Tensor] = []
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, whole: Any) -> Tensor:
+        self.keys.append(key[0].float().cpu())
+        return whole(query, key, value)
+
+
+@torch.inference_mode()
+def sample_keys(model: Any, texts: list[list[int]]) -> list[Tensor]:
+    """Keys of every layer over all texts (token ids), `(kv_heads, tokens, head_dim)` each."""
+    model.set_attn_implementation(attention.NAME)
+    parts: list[list[Tensor]] = []
+    for ids in texts:
+        collector = KeyCollector(len(ids))
+        positions = torch.arange(len(ids), device=model.device)[None]
+        batch = torch.tensor([ids], device=model.device)
+        model(batch, position_ids=positions, use_cache=False, logits_to_keep=1, lanes=collector)
+        parts.append(collector.keys)
+    return [torch.cat(layer, dim=1) for layer in zip(*parts, strict=True)]
+
+
+def fit_codebooks(keys: list[Tensor], groups: int, centroids: int, seed: int, jobs: int = 1) -> Tensor:
+    """`(layers, kv_heads, g, c, head_dim / g)` from keys as `sample_keys` returns them."""
+    layers, kv_heads, _, dim = len(keys), *keys[0].shape
+    parts = [layer[head].unflatten(-1, (groups, -1))[:, i].numpy() for layer in keys for head in range(kv_heads)
+             for i in range(groups)]  # fmt: skip
+    found: list[np.ndarray] = []
+    for layer in range(layers):
+        mine = parts[layer * kv_heads * groups : (layer + 1) * kv_heads * groups]
+        found += Parallel(n_jobs=jobs)(delayed(fit_one)(part, centroids, seed) for part in mine)
+        print(f"\rlayer {layer + 1} of {layers}", end="\n" if layer + 1 == layers else "", file=sys.stderr, flush=True)
+    return torch.tensor(np.stack(found)).view(layers, kv_heads, groups, centroids, dim // groups)
+
+
+def fit_one(points: np.ndarray, centroids: int, seed: int) -> np.ndarray:
+    from sklearn.cluster import MiniBatchKMeans
+
+    means = MiniBatchKMeans(centroids, max_iter=200, batch_size=10_000, n_init=1, random_state=seed)
+    return means.fit(np.ascontiguousarray(points)).cluster_centers_.astype(np.float32)
+
+
+def make(cfg: DictConfig) -> int:
+    """The job: fit, save, print the file."""
+    from evals.pocket import passage
+    from src.binding import shape_of
+    from src.models import load_model
+
+    loaded = load_model(OmegaConf.to_container(cfg.model, resolve=True))  # type: ignore[arg-type]
+    shape, tokens = shape_of(loaded), cfg.samples * cfg.sample_tokens
+    if cfg.groups < 1 or shape.head_dim % cfg.groups:
+        raise InputError(f"groups={cfg.groups}: does not divide the head size {shape.head_dim}; valid: a divisor of it")
+    if not 2 <= cfg.centroids <= min(tokens, 2**15):
+        raise InputError(f"centroids={cfg.centroids}: valid: 2 to {min(tokens, 2**15)} (sampled tokens, 15 bits)")
+    file = Path(cfg.output).expanduser() if cfg.output else default_path(shape.name, cfg.groups, cfg.centroids)
+    if file.exists() and not cfg.overwrite:
+        print(f"there already: {file} (overwrite=true fits anew)")
+        return 0
+    texts = []
+    for number in range(cfg.samples):
+        text = "\n".join(passage(random.Random(f"{cfg.seed} {number}"), 8 * cfg.sample_tokens))
+        ids = loaded.tokenizer.encode(text, add_special_tokens=False)[: cfg.sample_tokens]
+        texts.append(loaded.fit_ids(ids))
+    centroids = fit_codebooks(sample_keys(loaded.model, texts), cfg.groups, cfg.centroids, cfg.seed, cfg.jobs)
+    save_codebooks(file, centroids, shape, tokens=sum(map(len, texts)), seed=cfg.seed, text="pydoc_data.topics")
+    print(f"codebooks: {file}")
+    return 0
+
+
+if __name__ == "__main__":
+    from src.settings import main
+
+    sys.exit(main("codebooks", make))

@@ -1,0 +1,127 @@
+"""One sample on its way through a session: prompt -> request for the engine -> record for the folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig
+
+from evals.metrics import extra_scores, score_sample
+from evals.prompts import Prompt, encode
+from evals.tasks import Sample
+from src.errors import InputError
+from src.jobs import Generation, Request
+from src.models import LoadedModel
+from src.retention_store import Key
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A sample with its prompt, as the engine will see it."""
+
+    sample: Sample
+    prompt: Prompt
+    ids: list[int]
+    key: Key
+
+
+def prepare(sample: Sample, model: LoadedModel) -> Prepared:
+    """Tokenise; the key names the prompt by its tokens, so that changed data never passes for old."""
+    prompt = encode(sample, model.tokenizer, model.max_prompt_tokens, model.chat, model.template_kwargs)
+    ids = model.fit_ids(prompt.ids)
+    digest = hashlib.sha256(json.dumps([ids, prompt.context_tokens]).encode()).hexdigest()[:16]
+    return Prepared(sample, prompt, ids, (sample.task.name, sample.id, digest))
+
+
+def to_request(one: Prepared, model: LoadedModel, cfg: DictConfig) -> Request:
+    """What the engine is asked: `cfg` is a run's or a sweep's."""
+    task, prompt = one.sample.task, one.prompt
+    cut = cfg.prompt_scope == "context" and 0 < prompt.context_tokens < len(one.ids)
+    longest = cfg.max_new_tokens or task.max_new_tokens
+    return Request(
+        name="/".join(one.key),
+        ids=one.ids,
+        stop_ids=model.stop_ids | (model.newline_ids() if task.stop_at_newline else frozenset()),
+        max_new_tokens=longest,
+        min_new_tokens=min(task.min_new_tokens, longest),
+        context_tokens=prompt.context_tokens if cut else None,
+        reference=reference(one, model, longest) if cfg.fidelity else None,
+    )
+
+
+def reference(one: Prepared, model: LoadedModel, longest: int) -> list[int]:
+    """The first reference answer as the model would write it, with its end token."""
+    glued = not one.prompt.chat and not one.sample.prompt[-1:].isspace()
+    answer = (" " if glued else "") + one.sample.answers[0]
+    ids = model.tokenizer.encode(answer, add_special_tokens=False)[: longest - 1]
+    return model.fit_ids([*ids, model.tokenizer.eos_token_id])
+
+
+def to_record(one: Prepared, result: Generation, model: LoadedModel, cfg: DictConfig) -> dict[str, Any]:
+    """The line of predictions.jsonl."""
+    sample = one.sample
+    record = {**describe(sample), "prompt_hash": one.key[2], "prompt_tokens": len(one.ids)}
+    record["truncated"] = one.prompt.truncated
+    if result.error:
+        return {**record, **failed(result.error)}
+    prediction = str(model.tokenizer.decode(result.tokens, skip_special_tokens=True))
+    return {
+        **record,
+        "prediction": prediction,
+        "new_tokens": len(result.tokens),
+        "finish": result.finish,
+        "score": score_sample(sample.task, prediction, sample.answers, sample.all_classes, cfg.edit_similarity),
+        "extra_scores": extra_scores(sample.task, prediction, sample.answers),
+        "kept": {"prompt": entries(result.kept_prompt), "end": entries(result.kept_end)},
+        "kv_bytes": result.kv_bytes,
+        **{f"kv_bytes_{k}": v for k, v in result.kv_bytes_by_device.items() if len(result.kv_bytes_by_device) > 1},
+        "kv_bytes_peak": result.kv_bytes_peak,
+        "kv_bytes_full": result.kv_bytes_full,
+        "bookkeeping_bytes": result.bookkeeping_bytes,
+        "seconds": result.prefill_seconds + result.decode_seconds,
+        "prefill_seconds": result.prefill_seconds,
+        "decode_seconds": result.decode_seconds,
+        "lanes": result.lanes,
+        "fidelity": result.fidelity,
+        **result.extra,
+        "error": None,
+    }
+
+
+def malformed_record(sample: Sample) -> dict[str, Any]:
+    """The line for a row that has no prompt."""
+    assert sample.error
+    return {**describe(sample), "prompt_hash": "", "prompt_tokens": 0, "truncated": False, **failed(sample.error)}
+
+
+def describe(sample: Sample) -> dict[str, Any]:
+    return {
+        "task": sample.task.name,
+        "id": sample.id,
+        "answers": list(sample.answers),
+        "all_classes": list(sample.all_classes) if sample.all_classes else None,
+        "length": sample.length,
+    }
+
+
+def failed(reason: str) -> dict[str, Any]:
+    return {"prediction": "", "new_tokens": 0, "score": None, "error": reason}
+
+
+def entries(kept: Sequence[Any]) -> int | list[int]:
+    """Entries per KV head: one number when all layers hold equally many."""
+    counts = [int(layer.shape[-1]) for layer in kept]
+    return counts[0] if len(set(counts)) == 1 else counts
+
+
+def refuse_missing_references(samples: Sequence[Sample]) -> None:
+    for sample in samples:
+        if not sample.error and not any(answer.strip() for answer in sample.answers[:1]):
+            raise InputError(
+                f"fidelity=true: task {sample.task.name}, sample {sample.id} has no reference answer; "
+                "valid: fidelity=false, or tasks with answers"
+            )
