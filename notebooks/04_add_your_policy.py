@@ -63,15 +63,16 @@ class Peak(ScorePolicy):
 
 
 # %% [markdown]
-# Try it before any model runs it: random queries and keys, a sink at the first token, and one needle that a single
-# query of the window looks for.
+# Try it before any model runs it: random queries and keys, a sink at the first token, sixty tokens that every query
+# finds mildly interesting, and one needle that a single query of the window looks for.
 
 # %%
 n, dim, needle, budget = 600, 64, 300, 64
 draw = torch.Generator().manual_seed(0)
 queries, keys, values = (torch.randn(heads, n, dim, generator=draw) for heads in (4, 2, 2))
-keys[:, 0] = queries.mean(dim=(0, 1)) * 40  # every query looks at the first token
-queries[:, n - 10] += 1.5 * keys.repeat_interleave(2, dim=0)[:, needle]  # one query of the window wants the needle
+queries[..., 0], keys[..., 0] = 4, 0  # one direction that all queries share:
+keys[:, 0, 0], keys[:, 100:160, 0] = 12, 3  # logits of 4 x 12 / 8 for the sink, 4 x 3 / 8 for the mildly interesting
+queries[:, n - 10] += 0.5 * keys.repeat_interleave(2, dim=0)[:, needle]  # one query of the window wants the needle
 prompt = PromptAttention(queries, keys, values, dim**-0.5, layer=0, layers=1)
 
 kept = {policy: policy.keep_prompt(prompt, budget) for policy in (Peak(), SnapKV(kernel=1), H2O())}
@@ -83,7 +84,11 @@ for row, positions in enumerate(kept.values()):
     axes.text(n + 8, row, f"needle {found}", va="center", fontsize=8)
 axes.axvline(needle, color="0.5", linestyle=":")
 axes.set_yticks(range(len(kept)), [type(policy).__name__ for policy in kept])
-axes.set(xlabel=f"position (tokens); dotted: the needle; budget {budget} of n = {n}, KV head 0", xlim=(0, n + 90))
+axes.set(
+    xlabel=f"position (tokens); dotted: the needle; budget {budget} of n = {n}, KV head 0",
+    xlim=(-5, n + 90),
+    ylim=(-0.6, 2.6),
+)
 
 # %% [markdown]
 # ## Make it part of the house

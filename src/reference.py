@@ -30,6 +30,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import pandas as pd
+from scipy.stats import norm, t
 
 from src import retention
 from src.errors import InputError
@@ -173,15 +174,19 @@ def with_intervals(figures: Array, resamples: int) -> Iterator[tuple[str, int, f
 
 
 def ratio_interval(top: Array, bottom: Array, resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float, float]:
-    """Mean of `top` / mean of `bottom` with its percentile bootstrap interval over samples."""
+    """Mean of `top` / mean of `bottom` with its bootstrap interval over samples, corrected as in src/statistics.py.
+
+    No interval below five samples: resampling so few says nothing about others.
+    """
     n = len(top)
     with np.errstate(divide="ignore", invalid="ignore"):
         value = float(top.sum() / bottom.sum())
-        if n < 2:
+        if n < 5:
             return value, float("nan"), float("nan")
-        picks = np.random.default_rng(seed).integers(0, n, (resamples, n))
+        picks = np.random.default_rng(seed).integers(0, n, (resamples, n - 1))
         draws = top[picks].sum(axis=1) / bottom[picks].sum(axis=1)
-    low, high = np.quantile(draws, [0.025, 0.975], method="closest_observation")
+    tail = norm.cdf(t.ppf(0.025, n - 1))
+    low, high = np.quantile(draws, [tail, 1 - tail], method="closest_observation")
     return value, float(low), float(high)
 
 

@@ -212,12 +212,14 @@ def test_kept_figures_by_hand() -> None:
 
 
 def test_ratio_interval() -> None:
-    top, bottom = np.array([3.0, 1.0, 2.0]), np.array([1.0, 1.0, 1.0])
-    value, low, high = reference.ratio_interval(top, bottom)
-    assert (value, low, high) == (2, 1, 3)  # 27 resamples: all three the same is 1 in 27, above 2.5 % at each end
-    assert reference.ratio_interval(top[:1], bottom[:1])[0] == 3
-    assert np.isnan(reference.ratio_interval(top[:1], bottom[:1])[1:]).all()
-    assert reference.ratio_interval(top, bottom * 0)[0] == np.inf
+    ones = np.ones(6)
+    assert reference.ratio_interval(3 * ones, ones) == pytest.approx((3, 3, 3))
+    top = np.array([1.0, 1, 1, 3, 3, 3])
+    value, low, high = reference.ratio_interval(top, ones)
+    assert value == 2  # 5 draws with replacement: all of them 1 has probability 1/32, beyond the corrected 2.5 %
+    assert (low, high) == (1, 3)
+    assert reference.ratio_interval(top, ones * 0)[0] == np.inf
+    assert np.isnan(reference.ratio_interval(top[:4], ones[:4])[1:]).all()
     # Many samples: about what the normal approximation of the log ratio says.
     draw = np.random.default_rng(0)
     a, b = draw.gamma(4, 1, 400), draw.gamma(4, 1, 400)

@@ -121,7 +121,8 @@ def label_runs(runs: Sequence[Run]) -> list[Run]:
     labelled: list[Run] = []
     for run in runs:
         alike = [r.options for r in runs if r.policy == run.policy]
-        defaults = flat(_yaml(CONF / "policy" / f"{run.policy}.yaml"))
+        written = flat(_yaml(CONF / "policy" / f"{run.policy}.yaml"))
+        defaults = {k: v for k, v in written.items() if "${" not in str(v)}  # a seed that follows the run's
         varied = [k for k in sorted(run.options) if any(o.get(k) != run.options[k] for o in alike)]
         changed = [k for k in sorted(run.options) if k in defaults and defaults[k] != run.options[k]]
         shown = changed if defaults else varied
