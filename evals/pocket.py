@@ -1,15 +1,25 @@
 """Five small tasks in LongBench's shape, generated from English that every Python ships.
 
 For machines without any benchmark data, and small enough for a 135M model on a laptop: about 0.5k to 2k
-tokens, a few new tokens. The haystack is the prose in `pydoc_data.topics`. Metrics are official LongBench
-ones.
+tokens, a few new tokens. The haystack is the prose in `pydoc_data.topics`. Metrics are official LongBench ones.
 
-A task is kept only if SmolLM2-135M-Instruct scores at least 60 with the full cache. MEASURED
+A task is kept only if SmolLM2-135M-Instruct scores at least 60 with the full cache. Measured with transformers'
+greedy generate (float32, CPU, Python 3.11.7, seed 0, the first n samples; one standard error is 4 to 9), beside
+it the same prompts with only the last 124 tokens of the context, all that a short recent window would leave:
 
-Reproducible: a sample depends on seed, task and its own number, never on how many are asked for. Two
-machines with the same Python version make the same samples; another version's documentation differs in
-places, so its samples do too (the names, codes and labels drawn may stay the same, the text around them
-does not).
+    task                n    full cache    last 124 tokens (n = 24)    prompt tokens
+    needle             24          95.8                         4.2      602 to 1,736
+    needle_distractors 24          83.3                        20.8      745 to 1,622
+    passage_retrieval  30          73.3                         0.0      629 to 1,256
+    kv_lookup          30          83.3                        29.2        473 to 643
+    few_shot           24          75.0                        50.0               579
+
+What was tuned for that is the shape (how many distractors, passages, keys; the sentence that is asked back), on
+other seeds. Harder shapes that were dropped: 36 to 60 keys (46), a passage found by one of its sentences (0).
+
+Reproducible: a sample depends on seed, task and its own number, never on how many are asked for. Two machines
+with the same Python version make the same samples. Another version's documentation differs in places, and with
+it the text of the samples; what does not use that text (few_shot, kv_lookup) stays the same.
 """
 
 import random
@@ -82,25 +92,29 @@ def needle_distractors(rng: random.Random) -> Row:
 
 
 def passage_retrieval(rng: random.Random) -> Row:
+    """Three or four passages, each with a name and a number. The numbers are drawn, not counted."""
     count = rng.randrange(3, 5)
-    names, numbers = rng.sample(NAMES, count), rng.sample(range(11, 100), count)
+    names, numbers = rng.sample(NAMES, count), codes(rng, count)
     texts = [
-        f"The number of the {name} paragraph is {number}. " + " ".join(passage(rng, rng.randrange(500, 900)))
+        f"The passage about the {name} has the number {number}, and the {name} has no other number.\n"
+        + "\n".join(passage(rng, rng.randrange(500, 1200)))
         for name, number in zip(names, numbers, strict=True)
     ]
     wanted = rng.randrange(count)
-    answer = f"Paragraph {numbers[wanted]}"
+    answer = f"Paragraph {numbers[wanted]}"  # the form that the official metric reads the number from
     return {"context": "\n\n".join(texts), "input": names[wanted], "answers": [answer]}
 
 
 def kv_lookup(rng: random.Random) -> Row:
-    """A list of 12 to 20 names and values somewhere in a text."""
-    count = rng.randrange(12, 21)
+    """A list of 22 to 30 names and values."""
+    count = rng.randrange(22, 31)
     names, numbers = rng.sample(NAMES, count), codes(rng, count)
-    lines = [f"The value of {name} is {code}." for name, code in zip(names, numbers, strict=True)]
+    lines = [
+        f"The value of {name} is {code}, and the {name} is not for sale."
+        for name, code in zip(names, numbers, strict=True)
+    ]
     wanted = rng.randrange(count)
-    context = hide(rng, passage(rng, rng.randrange(1500, 4000)), ["\n".join(lines)])
-    return {"context": context, "input": names[wanted], "answers": [numbers[wanted]]}
+    return {"context": "\n".join(lines), "input": names[wanted], "answers": [numbers[wanted]]}
 
 
 def few_shot(rng: random.Random) -> Row:
@@ -137,7 +151,7 @@ MAKERS: dict[str, Callable[[random.Random], Row]] = {
 TASKS = {
     "needle": make_task("needle", "count_score", 16, chat=True),
     "needle_distractors": make_task("needle_distractors", "count_score", 8, chat=False),
-    "passage_retrieval": make_task("passage_retrieval", "retrieval_score", 16, chat=True),
+    "passage_retrieval": make_task("passage_retrieval", "retrieval_score", 8, chat=False),
     "kv_lookup": make_task("kv_lookup", "count_score", 8, chat=False),
     "few_shot": make_task("few_shot", "classification_score", 4, chat=False),
 }
@@ -147,7 +161,7 @@ PROMPTS = {
         "What is the secret code? Answer with the five digits of the code."
     ),
     "needle_distractors": "{context}\n\nOne sentence again:\nThe code of the {input} is",
-    "passage_retrieval": ("Here are some paragraphs.\n\n{context}\n\nWhat is the number of the {input} paragraph?"),
+    "passage_retrieval": "{context}\n\nOne sentence again:\nThe passage about the {input} has the number",
     "kv_lookup": "{context}\n\nOne line again:\nThe value of {input} is",
     "few_shot": "{context}\n{input}:",
 }

@@ -10,7 +10,8 @@ import fcntl
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -48,7 +49,11 @@ PEAKS = ("peak_bytes", "peak_prefill_bytes", "peak_decode_bytes")
 
 
 class RunFolder:
-    """One run's folder, held by one process at a time. Use as a context manager, or `close()` it."""
+    """One run's folder, held by one process at a time. Use as a context manager, or `close()` it.
+
+    With `shared` several processes, all of them sharing, may fill it at once (jobs of a cluster launch with the
+    same cells and different tasks): they take turns to write, and each `finish` counts what all have written.
+    """
 
     def __init__(
         self,
@@ -59,15 +64,17 @@ class RunFolder:
         *,
         retention: str = "positions",
         overwrite: bool = False,
+        shared: bool = False,
     ) -> None:
         if retention not in store.MODES:
             raise InputError(f"retention={retention}: valid are {', '.join(store.MODES)}")
         self.path = Path(path)
         self.mode = retention
-        self._table = Table()
+        self._shared = shared
         self._lock = self._take_lock()
         try:
-            self._open(settings, config_yaml, environment, overwrite)
+            with self._turn():
+                self._open(settings, config_yaml, environment, overwrite)
         except BaseException:
             self.close()
             raise
@@ -82,15 +89,17 @@ class RunFolder:
         if record is None or not succeeded(record) or (fidelity and not record.get("fidelity")):
             return False
         if self._table.last[key[:2]] != key:
-            self._write_line(record)
+            with self._turn():
+                self._write_line(record)
         return True
 
     def append(self, record: Mapping[str, Any], kept: Kept | None = None) -> None:
         """Keep one finished (or failed) sample for good. Returns once it is on the disk."""
         key = key_of(record)
-        if kept is not None and self.mode != "off":
-            self._journal.append(store.kept_sample(key, int(record["prompt_tokens"]), kept, self.mode))
-        self._write_line(dict(record))
+        with self._turn():
+            if kept is not None and self.mode != "off":
+                self._journal.append(store.kept_sample(key, int(record["prompt_tokens"]), kept, self.mode))
+            self._write_line(dict(record))
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -112,19 +121,22 @@ class RunFolder:
         """Write retention.npz, retention.png and (last) metrics.json over all current records; return the
         metrics.
         """
-        measured = self._finish_retention(recent, f"{policy}, {model}, budget {budget}", plot)
-        metrics = compute_metrics(
-            self.records,
-            policy=policy,
-            model=model,
-            budget=budget,
-            comparability=comparability,
-            task_metrics=task_metrics,
-            peaks=self._peaks_so_far(peaks or {}),
-            retention=measured,
-        )
-        write_whole(self.path / METRICS, pretty(metrics))
-        return metrics
+        with self._turn():
+            if self._shared:
+                self._read()
+            measured = self._finish_retention(recent, f"{policy}, {model}, budget {budget}", plot)
+            metrics = compute_metrics(
+                self.records,
+                policy=policy,
+                model=model,
+                budget=budget,
+                comparability=comparability,
+                task_metrics=task_metrics,
+                peaks=self._peaks_so_far(peaks or {}),
+                retention=measured,
+            )
+            write_whole(self.path / METRICS, pretty(metrics))
+            return metrics
 
     def close(self) -> None:
         """Let other processes have the folder."""
@@ -147,7 +159,8 @@ class RunFolder:
         except OSError as error:
             raise InputError(f"{self.path}: cannot write the results folder ({error.strerror})") from None
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it when the process dies
+            kind = fcntl.LOCK_SH if self._shared else fcntl.LOCK_EX
+            fcntl.flock(lock, kind | fcntl.LOCK_NB)  # the system frees it when the process dies
         except BlockingIOError:
             lock.close()
             raise InputError(
@@ -156,6 +169,22 @@ class RunFolder:
         except OSError as error:
             log.warning("%s: this file system cannot lock (%s); start no second run here", self.path, error.strerror)
         return lock
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Alone with the folder's files; never nested."""
+        if not self._shared:
+            yield
+            return
+        with (self.path / ".turn").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # freed when closed
+            except OSError as error:
+                raise InputError(
+                    f"{self.path}: this file system cannot lock ({error.strerror}), so jobs cannot share it; "
+                    "valid: another output_root, or cluster=local"
+                ) from None
+            yield
 
     def _open(
         self, settings: Mapping[str, Any], config: str, environment: Mapping[str, Any] | None, overwrite: bool
@@ -169,6 +198,11 @@ class RunFolder:
             write_whole(self.path / "config.yaml", config)
         if environment is not None:
             self._write_environment(dict(environment))
+        self._read()
+
+    def _read(self) -> None:
+        """What the folder holds: predictions, and kept positions in the journal and in the finished file."""
+        self._table = Table()
         for record in repair(self.path / PREDICTIONS):
             self._table.add(record)
         self._journal = store.Journal(self.path / JOURNAL)

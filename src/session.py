@@ -20,8 +20,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from evals.tasks import Sample, load_samples
 from src.binding import bind
+from src.cluster import distributed
 from src.engine import Engine
 from src.environment import environment
+from src.errors import InputError
 from src.jobs import Job
 from src.models import LoadedModel, load_model
 from src.progress import Progress
@@ -60,6 +62,11 @@ class Session:
 
     def __init__(self, cfg: DictConfig, cells: Sequence[CellConfig], lanes: int) -> None:
         self.cfg = cfg
+        if cfg.overwrite and distributed():
+            raise InputError(
+                "overwrite=true: jobs of a cluster may share a results folder and would delete each other's; "
+                "valid: false, or move the old results away"
+            )
         self.samples = self._samples()
         tracking = Tracking(**cfg.wandb)
         self.model = loaded(json.dumps(OmegaConf.to_container(cfg.model, resolve=True), sort_keys=True))
@@ -170,6 +177,7 @@ class Session:
             environment(str(self.model.device)),
             retention=self.cfg.retention or "off",  # YAML reads a bare `off` as false
             overwrite=self.cfg.overwrite,
+            shared=distributed(),
         )
         flat = {"settings": settings, "tasks": OmegaConf.to_container(self.cfg.tasks, resolve=True)}
         name = f"{self.model.name} {cell.label} {cell.budget_name}"

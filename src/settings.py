@@ -25,13 +25,13 @@ from omegaconf.errors import OmegaConfBaseException
 from evals.errors import DataError
 from evals.tasks import task_names
 from policies.base import Policy
+from src.cluster import EXTRAS, Outcome, distributed, report, run_job
 from src.errors import InputError
 from src.help import register_help
 from src.jobs import Budget, SplitBudget, Variant
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 SUITES = ("pocket", "longbench", "longgenbench")
-EXTRAS = {"submitit_slurm": "slurm", "submitit_local": "slurm", "ray": "ray", "ray_aws": "ray"}  # launcher -> extra
 INTERRUPTED = 130  # the exit code of whatever Ctrl-C has ended
 
 
@@ -71,26 +71,31 @@ def main(config_name: str, job: Callable[[DictConfig], int]) -> int:
     register_help()
     codes: list[int] = []
 
-    def collect(cfg: DictConfig) -> int:
-        several = HydraConfig.get().mode == RunMode.MULTIRUN
-        which = f"job {HydraConfig.get().job.override_dirname}: " if several else ""
-        try:
-            codes.append(job(cfg))
-        except (InputError, DataError) as error:
-            codes.append(complain(which + str(error)))
-        except OmegaConfBaseException as error:
-            codes.append(complain(which + explain(error, config_name, sys.argv[1:])))
+    def collect(cfg: DictConfig) -> int | Outcome:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            outcome = run_job(job, cfg)
+            if distributed():
+                return outcome  # to the launcher, in the process that the user started
+            codes.append(report([HydraConfig.get().job.override_dirname.replace(",", " ")], outcome))
+        else:
+            try:
+                codes.append(job(cfg))
+            except (InputError, DataError) as error:
+                codes.append(complain(str(error)))
+            except OmegaConfBaseException as error:
+                codes.append(complain(explain(error, config_name, sys.argv[1:])))
         if codes[-1] == INTERRUPTED:
             raise KeyboardInterrupt  # ends the jobs that were to follow, too
-        if several and codes[-1] == 1:
-            print(f"{which}some samples failed", file=sys.stderr)
         return codes[-1]
 
     collect.__module__, collect.__qualname__ = job.__module__, job.__qualname__
+    collect.codes = codes  # type: ignore[attr-defined]  # where a launcher of hydra_plugins/ adds its jobs' codes
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(collect)()
     except (HydraException, OmegaConfBaseException) as error:
         return complain(explain(error, config_name, sys.argv[1:]))
+    except InputError as error:  # of a launch
+        return complain(str(error))
     except KeyboardInterrupt:
         return INTERRUPTED
     return max(codes, default=0)
@@ -114,9 +119,9 @@ def register_tasks() -> None:
 def explain(error: Exception, config_name: str, arguments: list[str]) -> str:
     """Hydra's message as one line: the setting, its value and what would be valid."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        if extra := EXTRAS.get(str(error.missing_cfg_file)):
+            return f"cluster={extra}: its launcher is not installed; install it with: pip install '.[{extra}]'"
         group, _, value = str(error.missing_cfg_file).rpartition("/")
-        if group == "hydra/launcher" and value in EXTRAS:
-            return f"hydra/launcher={value}: its package is missing; `pip install '.[{EXTRAS[value]}]'` brings it"
         valid = ", ".join(sorted(o for o in error.options or [] if not o.startswith("_")))
         return f"{group or 'config'}={value}: no such configuration; valid: {valid}"
     cause = error.__cause__ or error
@@ -132,9 +137,9 @@ def explain(error: Exception, config_name: str, arguments: list[str]) -> str:
 
 def valid_keys(config_name: str, parent: str, arguments: list[str]) -> str:
     """The settings beside a misspelt one: the config without the dotted overrides."""
-    groups = [a for a in arguments if re.fullmatch(r"(policy|model|tasks|experiment)=[^,\[{]+", a)]
+    groups = [a for a in arguments if re.fullmatch(r"(policy|model|tasks|experiment|cluster)=[^,\[{]+", a)]
     with composing():
-        cfg = compose(config_name, overrides=groups)
+        cfg = compose(config_name, overrides=groups, return_hydra_config=parent.startswith("hydra"))
     node = OmegaConf.select(cfg, parent) if parent else cfg
     keys = [str(k) for k in node if not str(k).startswith("_")] if isinstance(node, DictConfig) else []
     return ", ".join(sorted(keys)) or "none"

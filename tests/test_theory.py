@@ -61,7 +61,7 @@ def test_with_a_sink_the_theory_fails_as_predicted() -> None:
     assert sums[0] == pytest.approx(expected_with_sinks(n, weight))
     curve = expected_with_sinks(n, weight)
     slope, _ = slope_on_log(accumulated(n, draws=24, sink=math.log(weight)), first=2)
-    assert slope == pytest.approx(slope_on_log(curve, first=2)[0], abs=0.1)
+    assert slope == pytest.approx(slope_on_log(curve, first=2)[0], abs=0.15)  # its weight varies from row to row
     assert slope < 0.6  # exchangeable: 1. The sink takes what the early tokens would have received
     assert curve[0] > 200  # the sink holds over a third of all n
     plain = expected_accumulation(n)

@@ -13,7 +13,7 @@ from src.errors import InputError
 from src.records import load_records
 
 Key = tuple[str, str, str]  # task, id, prompt hash: what makes two runs' samples the same sample
-CONF = Path(__file__).resolve().parents[1] / "conf"
+CONF = Path(__file__).resolve().parents[2] / "conf"
 # Settings that choose where and how much is run, not what comes out of a sample.
 NOT_AN_OUTCOME = {
     "tasks",

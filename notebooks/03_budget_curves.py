@@ -1,0 +1,88 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 3. Budget curves: what a cache of k entries is worth
+#
+# Every policy over a range of budgets, controls below (`random`, `recent`), an upper bound above (`oracle`).
+#
+# Its data: `python -m src.sweep experiment=budget_curve tasks=pocket`, else the committed reference tables.
+
+# %%
+import sys
+
+sys.path.insert(0, "..")
+
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from src import lab
+
+ROOT = None  # a folder with budget_curve/ in it; None: ../results
+
+lab.greyscale()
+tables = lab.load("budget_curve", ROOT)
+full = tables.all_tasks[tables.all_tasks["policy"] == "full"]
+curves = {
+    label: rows.sort_values("budget") for label, rows in tables.all_tasks.dropna(subset="budget").groupby("label")
+}
+
+# %%
+figure, panels = plt.subplots(1, 2, figsize=(9, 4.2))
+for axes, name, what in zip(panels, ("score", "kl"), ("score (0 to 100)", "KL(full || policy) (nats)"), strict=True):
+    for label, rows in curves.items():
+        (line,) = axes.plot(rows["budget"], rows[name], label=label)
+        # Intervals of all would hide each other; these two are enough to judge the rest by.
+        if label in ("ahakv", "snapkv"):
+            axes.fill_between(rows["budget"], rows[f"{name}_low"], rows[f"{name}_high"], color="0.88", zorder=0)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(tables.budgets, [f"{b:g}" for b in tables.budgets])
+    axes.set(xlabel="budget (entries per layer and KV head)", ylabel=what)
+if len(full):
+    panels[0].axhline(full["score"].iloc[0], color="0.0", linewidth=1)
+    panels[0].text(tables.budgets[0], full["score"].iloc[0], "full cache", va="bottom", fontsize=7)
+panels[0].set_title(f"{tables.facts()}; grey band: 95 % of ahakv and snapkv", fontsize=8)
+panels[1].legend(frameon=False, fontsize=6, ncols=2)
+
+# %% [markdown]
+# ## What it costs: bytes of keys and values
+
+# %%
+figure, axes = plt.subplots(figsize=(6, 3.6))
+for label, rows in curves.items():
+    axes.plot(rows["kv_bytes"] / 2**20, rows["kl"], label=label)
+axes.set_xscale("log")
+axes.set(xlabel="keys and values after the prompt (MiB)", ylabel="KL(full || policy) (nats)")
+axes.set_title(tables.facts())
+axes.legend(frameon=False, fontsize=6, ncols=2)
+if len(full):
+    print(f"full cache: {full['kv_bytes'].iloc[0] / 2**20:.1f} MiB per prompt")
+
+# %% [markdown]
+# ## Is the oracle an upper bound?
+# It knows which prompt tokens the answer attends to. Where some policy is more faithful all the same, attention mass
+# is not what fidelity depends on; a difference within the intervals says nothing.
+
+# %%
+kl = tables.all_tasks.dropna(subset="budget").pivot(index="label", columns="budget", values="kl")
+bounds = [label for label in kl.index if label.startswith("oracle")]
+for budget in kl.columns:
+    best = kl[budget].drop(bounds).idxmin()
+    for label in bounds:
+        gap = kl.loc[label, budget] - kl.loc[best, budget]
+        print(
+            f"budget {budget:g}: {label} KL {kl.loc[label, budget]:.3f}, best other {best} {kl.loc[best, budget]:.3f}",
+            end="",
+        )
+        print("" if gap <= 0 else f"  <- {gap:.3f} above it: look into it before believing it")
+pd.concat({"score": tables.all_tasks.pivot(index="label", columns="budget", values="score"), "KL": kl}, axis=1).round(3)
