@@ -97,9 +97,24 @@ def make_sample(task: Task, place: str, index: int, row: dict[str, Any]) -> Samp
         raise DataError(f"{place}: {len(questions)} questions, but {len(answers)} answers")
     before, after = split(full_prompt(task.name, text))
     extra = {"questions": questions, "first_number": first_number(task, text)}
+    extra["reference"] = reference(task, extra["first_number"], answers)
     if "task" in row:
         extra["subject"] = row["task"]
     return Sample(task, str(index), before, after, tuple(answers), extra=extra)
+
+
+def reference(task: Task, first: int, answers: list[str]) -> str:
+    """All reference answers as one output in the form of the worked examples, for measures that read one along."""
+    parts = []
+    for number, answer in enumerate(answers, first):
+        if (
+            task.metric == "longgen_number_score"
+        ):  # GSM8K's own notes: <<2*3=6>> for a calculator, #### before the result
+            text = re.sub(r"\s*####\s*(.+)", r"\nThe answer is \1.", re.sub(r"<<.*?>>", "", answer))
+        else:
+            text = f"The answer is ({answer})."
+        parts.append(f"Answer_{number}:\n{text}\n\n")
+    return "".join(parts)
 
 
 def full_prompt(name: str, text: str) -> str:

@@ -46,6 +46,11 @@ class Sample:
     def prompt(self) -> str:
         return self.before + self.after
 
+    @property
+    def reference(self) -> str:
+        """What measures that read a reference output along read: the first answer, unless the suite says otherwise."""
+        return self.extra.get("reference") or self.answers[0]
+
 
 def load_samples(
     suite: str,

@@ -63,6 +63,7 @@ RULES: dict[str, Rule] = {
     "edit_similarity": one_of(EDIT_SIMILARITIES),
     "broken_rows": one_of(BROKEN_ROWS),
     "retention": (lambda value: value in RETENTION or value is False, ", ".join(RETENTION)),  # YAML: off = false
+    "kept_over_time": whole(0),
     "output_root": text(),
     "overwrite": SWITCH,
     "tasks.names": texts("all of the suite"),

@@ -54,9 +54,9 @@ def to_request(one: Prepared, model: LoadedModel, cfg: DictConfig) -> Request:
 
 
 def reference(one: Prepared, model: LoadedModel, longest: int) -> list[int]:
-    """The first reference answer as the model would write it, with its end token."""
+    """The reference output as the model would write it, with its end token."""
     glued = not one.prompt.chat and not one.sample.prompt[-1:].isspace()
-    answer = (" " if glued else "") + one.sample.answers[0]
+    answer = (" " if glued else "") + one.sample.reference
     ids = model.tokenizer.encode(answer, add_special_tokens=False)[: longest - 1]
     return model.fit_ids([*ids, model.tokenizer.eos_token_id])
 

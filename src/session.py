@@ -25,6 +25,7 @@ from src.engine import Engine
 from src.environment import environment
 from src.errors import InputError
 from src.jobs import Job
+from src.kept_over_time import TracingEngine, trace_path
 from src.models import LoadedModel, load_model
 from src.progress import Progress
 from src.records import Kept, RunFolder, run_path
@@ -70,7 +71,8 @@ class Session:
         self.samples = self._samples()
         tracking = Tracking(**cfg.wandb)
         self.model = loaded(json.dumps(OmegaConf.to_container(cfg.model, resolve=True), sort_keys=True))
-        self.engine = Engine(self.model.model, lanes)
+        every = cfg.kept_over_time
+        self.engine = TracingEngine(self.model.model, lanes, every) if every else Engine(self.model.model, lanes)
         self.interrupted = False
         self.failed = 0
         self.cells: list[Cell] = []
@@ -154,6 +156,9 @@ class Session:
         for result in self.engine.run(jobs(), stop=lambda: self.interrupted):
             record = to_record(prepared[result.request.name], result, self.model, self.cfg)
             kept = None if result.error else Kept(result.kept_prompt, result.kept_end)
+            if isinstance(self.engine, TracingEngine) and not result.error:
+                trace = self.engine.trace(result)
+                trace.save(trace_path(by_variant[id(result.variant)].folder.path, record))
             self._keep(by_variant[id(result.variant)], record, kept, progress)
 
     def _keep(self, cell: Cell, record: dict[str, Any], kept: Kept | None, progress: Progress) -> None:

@@ -1,0 +1,69 @@
+"""The kept set over time: what is noted is what was cached, and the picture is drawn."""
+
+from pathlib import Path
+from typing import Any
+
+import naive
+import numpy as np
+import pytest
+import torch
+from tiny import tiny, tokens
+
+from policies.full import Full
+from policies.h2o import H2O
+from policies.scope import Scope
+from src import kept_over_time
+from src.jobs import Job, Request, SplitBudget, Variant
+from src.kept_over_time import Trace, TracingEngine, trace_path
+
+one_thread = pytest.fixture(scope="module", autouse=True)(naive.one_thread)
+
+
+@pytest.fixture(scope="module")
+def traces() -> dict[str, tuple[Any, Trace]]:
+    variants = {
+        "full": Variant(Full(), None),
+        "h2o": Variant(H2O(), 20),
+        "scope_slide": Variant(Scope(), SplitBudget(12, 8)),
+    }
+    engine = TracingEngine(tiny("llama", torch.float64), 10, every=5)
+    asked = Request("x", tokens(40)[0].tolist(), frozenset(), 61)
+    found = {}
+    for result in engine.run([Job(asked, list(variants.values()))]):
+        name = next(n for n, v in variants.items() if v is result.variant)
+        found[name] = (result, engine.trace(result))
+    assert not engine._traces  # nothing of a sample stays
+    return found
+
+
+def test_shares_are_of_what_was_cached(traces: dict[str, tuple[Any, Trace]]) -> None:
+    for name, (result, trace) in traces.items():
+        assert (trace.prompt_tokens, trace.width) == (40, 1)
+        assert trace.steps == list(range(0, 61, 5))
+        entries = {"full": lambda t: 40 + t, "h2o": lambda t: 20, "scope_slide": lambda t: 12 + min(t, 8)}[name]
+        for step, shares in zip(trace.steps, trace.shares, strict=True):
+            assert np.isclose(shares.sum(), entries(step))
+            assert not shares[40 + step :].any()
+        last = torch.cat(result.kept_end).flatten().bincount(minlength=256) / 4  # layers x KV heads
+        assert np.allclose(trace.shares[-1], last)
+    shares = np.stack(traces["scope_slide"][1].shares)
+    assert (shares[:, :40] == shares[0, :40]).all()  # the prompt pool never changes
+    assert (np.stack(traces["h2o"][1].shares)[-1, :40] != shares[0, :40]).any()
+
+
+def test_stored_and_drawn(
+    tmp_path: Path, traces: dict[str, tuple[Any, Trace]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("h2o", "scope_slide"):
+        path = trace_path(tmp_path / name, {"task": "gsm8k_30", "id": "a/0"})
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "settings.json").write_text(f'{{"policy": {{"name": "{name}"}}, "budget": 20}}')
+        traces[name][1].save(path)
+        again = Trace.load(path)
+        assert again.steps == traces[name][1].steps and np.allclose(again.shares, traces[name][1].shares)
+    out = tmp_path / "kept.png"
+    assert kept_over_time.main([str(out), str(tmp_path / "h2o"), str(tmp_path / "scope_slide")]) == 0
+    assert out.read_bytes()[:4] == b"\x89PNG"
+    assert kept_over_time.main([str(out), str(tmp_path / "h2o"), "--sample", "other"]) == 2
+    assert "gsm8k_30-a_0" in capsys.readouterr().err
+    assert kept_over_time.main([str(out), str(tmp_path)]) == 2
