@@ -259,6 +259,7 @@ class Session:
         sample = task.sample
         record: dict[str, Any] = {
             "task": sample.task.name,
+            "metric": sample.task.metric,
             "id": sample.id,
             "prompt_hash": task.key[2],
             "prompt_tokens": len(task.ids),

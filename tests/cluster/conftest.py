@@ -70,11 +70,11 @@ class Harness:
         return found
 
     def metrics(self, root: str) -> dict[str, Any]:
-        """Run folder -> average, task scores and retention of metrics.json."""
+        """Run folder -> what of metrics.json does not depend on time and memory."""
         found = {}
         for path in sorted((self.folder / root).glob("tiny/*/metrics.json")):
             figures = json.loads(path.read_text())
-            found[path.parent.name] = [figures["average"], figures["tasks"], figures["retention"]]
+            found[path.parent.name] = {k: figures[k] for k in ("average", "tasks", "retention", "comparability")}
         return found
 
     def stamps(self, root: str) -> dict[str, int]:
