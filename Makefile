@@ -45,6 +45,17 @@ bench: setup     ## speed and memory, side by side in one process
 bench-peers: setup .venv-peers/.done ## the grid against kvpress cell by cell, in one run
 	$(BIN)/python -m src.bench parts=[peers] repeats=3
 
+# The launchers want an older cloudpickle (and so joblib) than the pinned one: an environment of their own that
+# sees .venv through a .pth file.
+.venv-cluster/.done: .venv/.done
+	$(BIN)/python -m venv .venv-cluster
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > "$$(.venv-cluster/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/harness.pth"
+	.venv-cluster/bin/python -m pip install --quiet --disable-pip-version-check hydra-submitit-launcher==1.2.0 hydra-ray-launcher==1.2.2 "joblib<1.6"
+	touch $@
+
+test-cluster: setup .venv-cluster/.done ## launches on a one-node Slurm (installed if possible) and a local Ray
+	OMP_NUM_THREADS=1 nice -n 10 .venv-cluster/bin/python -m pytest tests/cluster -v -rs
+
 notebooks: setup ## notebooks/*.ipynb brought in step with their text; executed copies in $(RESULTS)/notebooks
 	cd notebooks && ../$(BIN)/jupytext --quiet --update --to ipynb *.py
 	mkdir -p $(RESULTS)/notebooks

@@ -130,7 +130,7 @@ class RunFolder:
                 policy=policy,
                 model=model,
                 budget=budget,
-                comparability=comparability,
+                comparability=self._with_earlier_versions(comparability or {}),
                 task_metrics=task_metrics,
                 peaks=self._peaks_so_far(peaks or {}),
                 retention=measured,
@@ -277,6 +277,16 @@ class RunFolder:
             return self._journal.read(key)
         assert self._finished is not None
         return self._finished.sample(key)
+
+    def _with_earlier_versions(self, now: Mapping[str, Any]) -> dict[str, Any]:
+        """`task_versions` names all tasks in the folder, also those of earlier calls and of other jobs."""
+        try:
+            before = json.loads((self.path / METRICS).read_text(encoding="utf-8"))["comparability"]["task_versions"]
+        except (OSError, ValueError, KeyError):
+            return dict(now)
+        present = {record["task"] for record in self.records}
+        kept = {task: version for task, version in before.items() if task in present}
+        return {**now, "task_versions": dict(sorted({**kept, **now.get("task_versions", {})}.items()))}
 
     def _peaks_so_far(self, peaks: Mapping[str, float | None]) -> dict[str, float | None]:
         """Peaks are per process; a resumed run's count is the largest of its parts."""

@@ -101,6 +101,7 @@ def malformed_record(sample: Sample) -> dict[str, Any]:
 def describe(sample: Sample) -> dict[str, Any]:
     return {
         "task": sample.task.name,
+        "metric": sample.task.metric,
         "id": sample.id,
         "answers": list(sample.answers),
         "all_classes": list(sample.all_classes) if sample.all_classes else None,
