@@ -1,11 +1,11 @@
 """Five small tasks in LongBench's shape, generated from English that every Python ships.
 
-For machines without any benchmark data, and small enough for a 135M model on a laptop: about 0.5k to 2k
-tokens, a few new tokens. The haystack is the prose in `pydoc_data.topics`. Metrics are official LongBench ones.
+For machines without any benchmark data, and small enough for a 135M model on a laptop: 0.5k to 2k tokens,
+a few new tokens. The haystack is the prose in `pydoc_data.topics`. Metrics are official LongBench ones.
 
-A task is kept only if SmolLM2-135M-Instruct scores at least 60 with the full cache. Measured with transformers'
-greedy generate (float32, CPU, Python 3.11.7, seed 0, the first n samples; one standard error is 4 to 9), beside
-it the same prompts with only the last 124 tokens of the context, all that a short recent window would leave:
+A task is kept only if SmolLM2-135M-Instruct scores at least 60 with the full cache. Measured by greedy
+generate (float32, CPU, Python 3.11.7, seed 0, the first n samples; one standard error is 4 to 9). Beside it
+the same prompts with only the last 124 tokens of the context, all that a short recent window leaves:
 
     task                n    full cache    last 124 tokens (n = 24)    prompt tokens
     needle             24          95.8                         4.2      602 to 1,736
@@ -14,12 +14,14 @@ it the same prompts with only the last 124 tokens of the context, all that a sho
     kv_lookup          30          83.3                        29.2        473 to 643
     few_shot           24          75.0                        50.0               579
 
-What was tuned for that is the shape (how many distractors, passages, keys; the sentence that is asked back), on
-other seeds. Harder shapes that were dropped: 36 to 60 keys (46), a passage found by one of its sentences (0).
+What was tuned for that is the shape (how many distractors, passages and keys, which sentence is asked
+back), on other seeds; seed 0 was the check, which earlier shapes of three tasks failed. Dropped as too
+hard, for example: 36 to 60 keys (46), a passage found by one of its own sentences (0).
 
-Reproducible: a sample depends on seed, task and its own number, never on how many are asked for. Two machines
-with the same Python version make the same samples. Another version's documentation differs in places, and with
-it the text of the samples; what does not use that text (few_shot, kv_lookup) stays the same.
+Reproducible: a sample depends on seed, task and its own number, never on how many are asked for.
+Machines with the same Python version make the same samples. Another version's documentation differs in
+places, and with it the text of the samples; what does not use that text (few_shot, kv_lookup) stays the
+same.
 """
 
 import random

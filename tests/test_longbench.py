@@ -1,6 +1,7 @@
 """LongBench's rows and prompts: read as the official runner reads them, and bad files."""
 
 import http.server
+import inspect
 import io
 import json
 import os
@@ -13,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from evals import longbench
+from evals import longbench, longgenbench, pocket
 from evals.errors import DataError
 from evals.longbench_files import unpack
 from evals.tasks import load_samples, task_names
@@ -179,6 +181,22 @@ def test_bad_files_and_settings(folder: Path, monkeypatch: pytest.MonkeyPatch) -
         load_samples("nonsense", None, None, None, 0)
     with pytest.raises(DataError, match=r"tasks.data_dir=/no/where: no such folder"):
         load_samples("longbench", None, None, "/no/where", 0)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "conf" / "tasks").glob("*.yaml")), ids=lambda path: path.stem)
+def test_config_files_name_only_real_settings(path: Path) -> None:
+    """Every key is a setting, with the same default, and carries a comment."""
+    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    suite, names, data_dir = (settings.pop(key) for key in ("suite", "names", "data_dir"))
+    assert suite == path.stem and names is None and data_dir is None
+    assert task_names(suite)
+    loader = {"pocket": pocket.load, "longgenbench": longgenbench.load}.get(suite, longbench.load)
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(loader).parameters.items()
+        if parameter.default is not inspect.Parameter.empty
+    }
+    assert settings == defaults
 
 
 def archive(**files: str) -> bytes:

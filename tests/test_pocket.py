@@ -127,7 +127,7 @@ def answer(sample: Sample, model: Any, tokenizer: Any) -> str:
 def test_the_embedded_model_passes_and_needs_its_context(name: str, smollm2: tuple[Any, Any]) -> None:
     """Few samples, to stay fast; the figures over more samples stand in evals/pocket.py."""
     _, tokenizer = smollm2
-    samples = load(name, 6)
+    samples = load(name, 3)
     scores = [score_sample(s.task, answer(s, *smollm2), s.answers, s.all_classes) for s in samples]
     assert sum(scores) / len(scores) >= 50, scores
     # Only the last tokens of the context, which is all that a recent window of that size would leave.
