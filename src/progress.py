@@ -82,9 +82,10 @@ class Progress:
         """One plain line: how far, how long still, scores so far."""
         self._spoken = time.monotonic()
         ran = self.finished - self._skipped
-        left = (self.total - self.finished) * (self._spoken - self._started) / ran if ran else 0.0
+        seconds = (self.total - self.finished) * (self._spoken - self._started) / max(ran, 1)
+        left = f"about {seconds:.0f} s left" if ran >= len(self.cells) else "the first samples are under way"
         scores = "  ".join(f"{name(c)} {self._score(c)}" for c in self.cells if self.sums[id(c)][1])
-        print(f"{self.finished}/{self.total} done, about {left:.0f} s left  {scores}", file=sys.stderr, flush=True)
+        print(f"{self.finished}/{self.total} done, {left}  {scores}", file=sys.stderr, flush=True)
 
     def _score(self, cell: CellConfig) -> str:
         total, n, failed = self.sums[id(cell)]
