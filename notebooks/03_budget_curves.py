@@ -38,7 +38,7 @@ curves = {
 }
 
 # %%
-figure, panels = plt.subplots(1, 2, figsize=(9, 4.2))
+figure, panels = plt.subplots(1, 2, figsize=(10.5, 4))
 for axes, name, what in zip(panels, ("score", "kl"), ("score (0 to 100)", "KL(full || policy) (nats)"), strict=True):
     for label, rows in curves.items():
         (line,) = axes.plot(rows["budget"], rows[name], label=label)
@@ -52,19 +52,21 @@ if len(full):
     panels[0].axhline(full["score"].iloc[0], color="0.0", linewidth=1)
     panels[0].text(tables.budgets[0], full["score"].iloc[0], "full cache", va="bottom", fontsize=7)
 panels[0].set_title(f"{tables.facts()}; grey band: 95 % of ahakv and snapkv", fontsize=8)
-panels[1].legend(frameon=False, fontsize=6, ncols=2)
+figure.legend(*panels[1].get_legend_handles_labels(), loc="outside right upper", fontsize=7, handlelength=3.5)
 
 # %% [markdown]
 # ## What it costs: bytes of keys and values
 
 # %%
-figure, axes = plt.subplots(figsize=(6, 3.6))
+figure, axes = plt.subplots(figsize=(7.5, 3.4))
 for label, rows in curves.items():
     axes.plot(rows["kv_bytes"] / 2**20, rows["kl"], label=label)
 axes.set_xscale("log")
+axes.xaxis.set_major_formatter("{x:g}")
+axes.xaxis.set_minor_formatter("{x:g}")
 axes.set(xlabel="keys and values after the prompt (MiB)", ylabel="KL(full || policy) (nats)")
 axes.set_title(tables.facts())
-axes.legend(frameon=False, fontsize=6, ncols=2)
+figure.legend(loc="outside right upper", fontsize=7, handlelength=3.5)
 if len(full):
     print(f"full cache: {full['kv_bytes'].iloc[0] / 2**20:.1f} MiB per prompt")
 

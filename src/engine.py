@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -168,7 +167,7 @@ class Engine:
 
     def _full_answer(self, request: Request) -> list[int]:
         """What the full cache answers, for policies that look ahead."""
-        lanes = self._prefill(Job(replace(request, reference=None), [REFERENCE]))
+        lanes = self._prefill(Job(request, [REFERENCE]))
         list(self._decode(lanes))
         return lanes[0].result.tokens
 

@@ -7,6 +7,7 @@ off a first greedy run, or the reference), so one causal forward pass over promp
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ def foresee(
     """Per layer and kind of answer, the attention that the first `scope` tokens receive from all later ones.
 
     Args:
-        generate: gives the full cache's greedy answer.
+        generate: gives the full cache's greedy answer to a request without a reference.
 
     Returns:
         Tensors `(kv_heads, group, scope)`; an empty list when no variant looks ahead.
@@ -36,7 +37,7 @@ def foresee(
     for kind, name in kinds.items():
         if kind is None:
             continue
-        answer = job.request.reference if kind == "reference" else generate(job.request)
+        answer = job.request.reference if kind == "reference" else generate(replace(job.request, reference=None))
         if not answer:
             raise InputError(
                 f"policy {name}, answer=reference: sample {job.request.name} comes without a reference answer; "
