@@ -27,7 +27,7 @@ def shape_of(model: LoadedModel) -> ModelShape:
 
 
 def bind(cells: Sequence[CellConfig], model: LoadedModel) -> list[CellConfig]:
-    """The cells with policies that know the model; what they found goes into the settings of their results.
+    """The cells with policies that know the model; what they found outside their settings is noted.
 
     Raises:
         InputError: a policy that does not go with the model.
@@ -38,6 +38,5 @@ def bind(cells: Sequence[CellConfig], model: LoadedModel) -> list[CellConfig]:
             policy = cell.variant.policy.bind(shape)
         except ValueError as error:
             raise InputError(f"policy={cell.label}: {error}") from None
-        settings = {**cell.settings, **policy.fingerprint()}
-        bound.append(replace(cell, settings=settings, variant=Variant(policy, cell.variant.budget)))
+        bound.append(replace(cell, variant=Variant(policy, cell.variant.budget), found=policy.fingerprint()))
     return bound

@@ -193,6 +193,7 @@ class Session:
         cfg, model = self.cfg, self.model
         return {
             "policy": cell.settings,
+            **cell.found,
             "budget": cell.budget,
             "model": {
                 "name": model.name,

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class CellConfig:
     settings: dict[str, Any]
     variant: Variant
     shown: str = ""  # the name with the options that were changed, for people
+    found: dict[str, Any] = field(default_factory=dict)  # what the policy took from elsewhere (`Policy.fingerprint`)
 
     @property
     def budget(self) -> int | float | None:

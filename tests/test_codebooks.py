@@ -118,10 +118,10 @@ def test_their_digest_names_the_results() -> None:
     saved(default_path("tiny-llama", 4, 8), shape)
     cell = CellConfig("hcattention", {"name": "hcattention"}, Variant(HCAttention(groups=4, centroids=8), None))
     (bound,) = bind([cell], loaded)
-    assert set(bound.settings) == {"name", "codebooks_digest"}
+    assert bound.settings == {"name": "hcattention"} and set(bound.found) == {"codebooks_digest"}
     assert bound.variant.policy.loaded is not None  # type: ignore[attr-defined]
     exact = CellConfig("hcattention", {}, Variant(HCAttention(quantise_keys=False), None))
-    assert bind([exact], loaded)[0].settings == {}
+    assert bind([exact], loaded)[0].found == {}
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
