@@ -21,7 +21,7 @@ from src.retention_store import load_retention
 FIELDS = {
     *("task", "id", "prompt_hash", "prompt_tokens", "new_tokens", "prediction", "answers", "all_classes", "length"),
     *("score", "extra_scores", "kept", "kv_bytes", "kv_bytes_peak", "bookkeeping_bytes", "kv_bytes_full", "seconds"),
-    *("prefill_seconds", "decode_seconds", "lanes", "truncated", "finish", "fidelity", "error"),
+    *("prefill_seconds", "decode_seconds", "lanes", "truncated", "finish", "fidelity", "error", "metric"),
 }
 
 

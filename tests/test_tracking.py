@@ -234,9 +234,8 @@ def test_an_unknown_mode_is_refused() -> None:
 
 
 def test_the_configuration_names_exactly_the_settings() -> None:
-    text = (Path(__file__).resolve().parents[1] / "conf" / "tracking" / "default.yaml").read_text()
-    assert text.startswith("# @package wandb\n")
-    settings = yaml.safe_load(text)
+    text = (Path(__file__).resolve().parents[1] / "conf" / "common.yaml").read_text()
+    settings = yaml.safe_load(text)["wandb"]
     assert set(settings) == set(inspect.signature(Tracking).parameters)
     assert Tracking(**settings).mode == "auto"
 
