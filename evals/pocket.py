@@ -52,7 +52,7 @@ def prose() -> tuple[str, ...]:
         if 80 <= len(text) <= 600
         and re.match(r"[A-Z][a-z]* ", text)
         and text.endswith(".")
-        and not re.search(r"::=|>>>|\d{4}", text)
+        and not re.search(r"::=|>>>|\d{3}", text)
     )
     return tuple(dict.fromkeys(plain))
 
@@ -69,8 +69,8 @@ def passage(rng: random.Random, characters: int) -> list[str]:
 
 
 def codes(rng: random.Random, count: int) -> list[str]:
-    """Different five-digit numbers."""
-    return [str(number) for number in rng.sample(range(10_000, 100_000), count)]
+    """Different three-digit numbers. More digits, and the small caches lose one of them nearly always."""
+    return [str(number) for number in rng.sample(range(100, 1000), count)]
 
 
 def hide(rng: random.Random, text: list[str], sentences: list[str]) -> str:
@@ -87,6 +87,7 @@ def needle(rng: random.Random) -> Row:
 
 
 def needle_distractors(rng: random.Random) -> Row:
+    """Four names and codes; one of them is asked for."""
     text = passage(rng, rng.randrange(2000, 7000))
     names, numbers = rng.sample(NAMES, 4), codes(rng, 4)
     hidden = [f"The code of the {name} is {code}." for name, code in zip(names, numbers, strict=True)]
@@ -94,12 +95,12 @@ def needle_distractors(rng: random.Random) -> Row:
 
 
 def passage_retrieval(rng: random.Random) -> Row:
-    """Three or four passages, each with a name and a number. The numbers are drawn, not counted."""
-    count = rng.randrange(3, 5)
+    """Two or three passages, each with a name and a number. The numbers are drawn, not counted."""
+    count = rng.randrange(2, 4)
     names, numbers = rng.sample(NAMES, count), codes(rng, count)
     texts = [
         f"The passage about the {name} has the number {number}, and the {name} has no other number.\n"
-        + "\n".join(passage(rng, rng.randrange(500, 1200)))
+        + "\n".join(passage(rng, rng.randrange(800, 1700)))
         for name, number in zip(names, numbers, strict=True)
     ]
     wanted = rng.randrange(count)
@@ -108,11 +109,12 @@ def passage_retrieval(rng: random.Random) -> Row:
 
 
 def kv_lookup(rng: random.Random) -> Row:
-    """A list of 22 to 30 names and values."""
-    count = rng.randrange(22, 31)
+    """A list of 16 to 20 names and values."""
+    count = rng.randrange(16, 21)
     names, numbers = rng.sample(NAMES, count), codes(rng, count)
     lines = [
-        f"The value of {name} is {code}, and the {name} is not for sale."
+        f"The value of {name} is {code}, and the {name} is not for sale, "
+        "whatever anyone in the shop may say about it today."
         for name, code in zip(names, numbers, strict=True)
     ]
     wanted = rng.randrange(count)
@@ -120,12 +122,16 @@ def kv_lookup(rng: random.Random) -> Row:
 
 
 def few_shot(rng: random.Random) -> Row:
-    """Words of five kinds. Which label stands for which kind is drawn anew: only the examples tell."""
+    """Words of five kinds. Which label stands for which kind is drawn anew: only the examples tell.
+
+    "belongs to" stands before the label because the first token that follows a prompt is the prefill's: it
+    has seen the whole prompt under every policy. Only what comes after it depends on what was kept.
+    """
     label_of = dict(zip(KINDS, rng.sample(LABELS, len(KINDS)), strict=True))
     words = [(word, label_of[kind]) for kind, text in KINDS.items() for word in text.split()]
     rng.shuffle(words)
     question, answer = words.pop()
-    lines = [f"{word}: {label}" for word, label in words]
+    lines = [f"{word} belongs to {label}" for word, label in words]
     return {"context": "\n".join(lines), "input": question, "answers": [answer], "all_classes": list(LABELS)}
 
 
@@ -140,6 +146,7 @@ def make_task(name: str, metric: str, max_new_tokens: int, chat: bool) -> Task:
         first_line=not chat,
         stop_at_newline=not chat,
         min_new_tokens=1,
+        version=2,
     )
 
 
@@ -160,12 +167,12 @@ TASKS = {
 PROMPTS = {
     "needle": (
         "A secret code is hidden in the text below. Find it.\n\n{context}\n\n"
-        "What is the secret code? Answer with the five digits of the code."
+        "What is the secret code? Answer with the three digits of the code."
     ),
     "needle_distractors": "{context}\n\nOne sentence again:\nThe code of the {input} is",
     "passage_retrieval": "{context}\n\nOne sentence again:\nThe passage about the {input} has the number",
     "kv_lookup": "{context}\n\nOne line again:\nThe value of {input} is",
-    "few_shot": "{context}\n{input}:",
+    "few_shot": "{context}\n{input} belongs",
 }
 
 

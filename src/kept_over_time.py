@@ -79,7 +79,7 @@ class TracingEngine(Engine):
     def __init__(self, model: Any, max_lanes: int, every: int) -> None:
         super().__init__(model, max_lanes)
         self.every = every
-        self._traces: dict[tuple[str, int], Trace] = {}
+        self._traces: dict[tuple[str, int], tuple[Generation, Trace]] = {}
 
     def _step(self, batch: LaneBatch, lanes: list[Lane], *rest: Any) -> None:
         super()._step(batch, lanes, *rest)
@@ -98,12 +98,13 @@ class TracingEngine(Engine):
 
     def _of(self, result: Generation) -> Trace:
         request, key = result.request, (result.request.name, id(result.variant))
-        if key not in self._traces:
+        found = self._traces.get(key)
+        if found is None or found[0] is not result:  # another try, after memory ran out, starts afresh
             width = -(-(len(request.ids) + request.max_new_tokens) // BINS)
             scope = len(request.ids) if request.context_tokens is None else request.context_tokens
-            self._traces[key] = Trace(scope, width)
-            self._traces[key].note(0, result.kept_prompt)
-        return self._traces[key]
+            found = self._traces[key] = (result, Trace(scope, width))
+            found[1].note(0, result.kept_prompt)
+        return found[1]
 
 
 def trace_path(run: Path, record: Mapping[str, Any]) -> Path:

@@ -47,7 +47,7 @@ def test_draws_are_the_same_on_every_platform() -> None:
     assert (sample.after, sample.answers) == FIRST_FEW_SHOT
 
 
-FIRST_FEW_SHOT = ("\npig:", ("North",))
+FIRST_FEW_SHOT = ("\npig belongs", ("North",))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -56,8 +56,9 @@ def test_the_answer_stands_in_the_context_and_scores_100(name: str) -> None:
         (answer,) = sample.answers
         if name == "few_shot":
             assert sample.all_classes is not None and answer in sample.all_classes
-            assert sample.before.count(f": {answer}\n") > 10
-            assert sample.after.strip(":\n") not in re.findall(r"^(\w+):", sample.before, re.MULTILINE)
+            assert sample.before.count(f" belongs to {answer}\n") > 10
+            word = sample.after.split()[0]
+            assert word not in re.findall(r"^(\w+) belongs", sample.before, re.MULTILINE)
         else:
             number = answer.removeprefix("Paragraph ")
             assert len(re.findall(rf"\b{number}\b", sample.before)) == 1
@@ -70,7 +71,7 @@ def test_the_answer_stands_in_the_context_and_scores_100(name: str) -> None:
 def test_prose_is_prose() -> None:
     paragraphs = pocket.prose()
     assert sum(map(len, paragraphs)) > 100_000
-    assert not any(re.search(r"\d{4}|::=|>>>|\n", text) for text in paragraphs)
+    assert not any(re.search(r"\d{3}|::=|>>>|\n", text) for text in paragraphs)
     assert len(set(paragraphs)) == len(paragraphs)
 
 
@@ -127,7 +128,7 @@ def answer(sample: Sample, model: Any, tokenizer: Any) -> str:
 def test_the_embedded_model_passes_and_needs_its_context(name: str, smollm2: tuple[Any, Any]) -> None:
     """Few samples, to stay fast; the figures over more samples stand in evals/pocket.py."""
     _, tokenizer = smollm2
-    samples = load(name, 3)
+    samples = load(name, 12 if name == "few_shot" else 3)  # with five labels some are right by chance
     scores = [score_sample(s.task, answer(s, *smollm2), s.answers, s.all_classes) for s in samples]
     assert sum(scores) / len(scores) >= 50, scores
     # Only the last tokens of the context, which is all that a recent window of that size would leave. Examples are
