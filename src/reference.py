@@ -4,11 +4,12 @@ A DIR is a run's folder or any folder above some. Written to --out, one line per
 
     cells.csv        model, policy, options, budget, task ("all": mean over tasks), n, failed, prompt_tokens,
                      score, nll, kl, top1, output_error each with _low and _high, stderr (of the score), kv_bytes,
-                     kv_bytes_peak, kv_bytes_full, bookkeeping_bytes (means per sample)
+                     kv_bytes_peak, kv_bytes_full, bookkeeping_bytes (means per sample), and where a policy has
+                     them kv_bytes_device, codebook_bytes, chosen_share (of the tokens, per step)
     retention.csv    model, policy, options, budget, part ("all" kept entries or the "heavy" ones, without the
                      recent window that all heads kept), measure (decile_01 .. decile_10: share of the kept
-                     entries in each tenth of the prompt; mean_position; first_to_last: decile_01 / decile_10),
-                     n, value, low, high
+                     entries in each tenth of the prompt; mean_position; first_to_last: decile_01 / decile_10;
+                     drift: share of the kept entries that were gone at the end), n, value, low, high
     differences.csv  model, policy, options, budget, against, measure (score, kl, nll), n, difference, low, high,
                      p, p_holm: paired on the samples, at equal budget
     README.md        the command that made the runs, the one that made these files, and what else one must know
@@ -41,6 +42,7 @@ from src.statistics import RESAMPLES, Array, bootstrap_intervals, holm, sign_fli
 
 MEASURES = ("score", "nll", "kl", "top1", "output_error")
 SIZES = ("kv_bytes", "kv_bytes_peak", "kv_bytes_full", "bookkeeping_bytes")
+SOMETIMES = ("kv_bytes_device", "codebook_bytes", "chosen_share")
 COMPARED = ("score", "kl", "nll")
 TABLES = ("cells", "retention", "differences")
 DECILES = tuple(f"decile_{i:02}" for i in range(1, 11))
@@ -91,7 +93,7 @@ def head(study: Study, run: Run) -> dict[str, Any]:
 
 def cells(study: Study, resamples: int = RESAMPLES) -> pd.DataFrame:
     """Scores, fidelity and sizes of every run, over all tasks and for each."""
-    values = {name: measured(study, name) for name in (*MEASURES, *SIZES, "prompt_tokens")}
+    values = {name: measured(study, name) for name in (*MEASURES, *SIZES, *SOMETIMES, "prompt_tokens")}
     found = []
     for task in (None, *range(len(study.tasks))):
         rows = np.full(len(study.keys), True) if task is None else study.task_of == task
@@ -111,7 +113,7 @@ def cells(study: Study, resamples: int = RESAMPLES) -> pd.DataFrame:
                 interval = intervals[name][column]
                 line |= {name: interval.estimate, f"{name}_low": interval.low, f"{name}_high": interval.high}
             line["stderr"] = score.stderr
-            found.append(line | {name: mean(values[name][rows, column]) for name in SIZES})
+            found.append(line | {name: mean(values[name][rows, column]) for name in (*SIZES, *SOMETIMES)})
     return pd.DataFrame(found)
 
 
@@ -146,6 +148,10 @@ def retention_table(study: Study, resamples: int = RESAMPLES) -> pd.DataFrame:
             for name, n, value, low, high in with_intervals(figures, resamples):
                 line = {"part": part, "measure": name, "n": n, "value": value, "low": low, "high": high}
                 found.append(head(study, run) | line)
+        lost = np.array([drifted(sample) for sample in samples]).reshape(-1, 1)
+        for interval in bootstrap_intervals(lost, np.zeros(len(lost), dtype=int), resamples=resamples):
+            line = {"part": "all", "measure": "drift", "n": interval.n, "value": interval.estimate}
+            found.append(head(study, run) | line | {"low": interval.low, "high": interval.high})
         file.close()
     columns = ["model", "policy", "options", "budget", "part", "measure", "n", "value", "low", "high"]
     return pd.DataFrame(found, columns=columns)
@@ -159,6 +165,11 @@ def kept_figures(sample: KeptSample, part: str) -> list[float]:
     if np.isnan(deciles).all():  # nothing was dropped, or nothing but the recent window kept
         return [float("nan")] * 11
     return [*np.nanmean(deciles, axis=0), float(np.nanmean(retention.mean_position(kept, window)))]
+
+
+def drifted(sample: KeptSample) -> float:
+    """Of the prompt's kept entries, the share that was gone when decoding ended; mean over layers and heads."""
+    return float(np.nanmean(retention.drift(sample.kept(), sample.kept("end"))))
 
 
 def with_intervals(figures: Array, resamples: int) -> Iterator[tuple[str, int, float, float, float]]:

@@ -163,6 +163,8 @@ def test_tables_agree_with_metrics_json(root: Path) -> None:
                 continue
             assert mine[list(reference.DECILES)].to_numpy() == pytest.approx(recorded["decile_shares"], abs=2e-5)
             assert mine["mean_position"] == pytest.approx(recorded["mean_position"], abs=2e-5)
+            if part == "all":
+                assert mine["drift"] == pytest.approx(recorded["drift"], abs=2e-5)
             if recorded["first_to_last_decile"] is not None:
                 assert mine["first_to_last"] == pytest.approx(recorded["first_to_last_decile"], rel=1e-3)
     gaps = tables["differences"].set_index(["policy", "options", "measure"])
@@ -207,6 +209,8 @@ def test_kept_figures_by_hand() -> None:
     heavy = reference.kept_figures(sample, "heavy")  # 10 p // 16: 0, 0, 1, 6
     assert heavy[:10] == pytest.approx([0.5, 0.25, 0, 0, 0, 0, 0.25, 0, 0, 0])
     assert heavy[10] == pytest.approx((0.5 + 1.5 + 3.5 + 10.5) / 4 / 16)
+    after, end = [[[0, 1, 3, 10]], [[0, 1, 3, 10]]], [[[0, 1, 3, 25]], [[0, 1, 3, 10]]]
+    assert reference.drifted(kept_sample(("t", "i", "h"), 20, Kept(after, end))) == pytest.approx((1 / 4 + 0) / 2)
     recent_only = kept_sample(("t", "i", "h"), 20, Kept([[[18, 19]]]))
     assert np.isnan(reference.kept_figures(recent_only, "heavy")).all()
 
