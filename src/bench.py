@@ -1,10 +1,11 @@
 """Speed and memory, side by side in one process:  python -m src.bench
 
-Parts (`parts=[prefill,decode,grid,bytes]`, see conf/bench.yaml):
+Parts (`parts=[prefill,decode,grid,bytes,peak]`, see conf/bench.yaml):
     prefill  each policy's prefill against the plain model's, interleaved, as ratios
     decode   tokens/s of one lane against the length of the prompt
     grid     all cells from one shared prefill against the same cells one by one
-    bytes    cache bytes against the formula, and the peak memory of a sweep
+    bytes    cache bytes against the formula
+    peak     the peak memory of a sweep without the full cache, at growing budgets
     peers    the grid against kvpress cell by cell (`make bench-peers` builds its environment and runs this)
 Machines are noisy: what is compared runs in turn, and medians over the turns are reported with their number.
 """
@@ -26,10 +27,10 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from src.binding import bind
+from src.binding import bind, shape_of
 from src.engine import Engine
 from src.environment import environment
-from src.jobs import Generation, Job, Request
+from src.jobs import Generation, Job, Request, Variant
 from src.memory import MemoryMeter
 from src.models import LoadedModel, load_model
 from src.peers.compare import Peer, compare
@@ -164,9 +165,7 @@ class Bench:
 
     def bytes(self) -> list[Row]:
         """Cache bytes read off the storages, and what 2 x layers x heads x entries x dimension x size gives."""
-        config = self.model.config.get_text_config()
-        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        entry = 2 * config.num_hidden_layers * config.num_key_value_heads * dim * self.loaded.dtype.itemsize
+        entry = self.entry_bytes()
         tokens = self.cfg.prompt_tokens[-1]
         request = self.request(self.prompt(tokens), self.cfg.new_tokens)
         rows = []
@@ -185,23 +184,51 @@ class Bench:
                     "bookkeeping_bytes": result.bookkeeping_bytes,
                 }
             )
-        rows.append(self.sweep_peak(request))
         return rows
 
-    def sweep_peak(self, request: Request) -> Row:
-        """Peak memory of all cells in one sweep: CUDA's own count, or the growth of the process's peak (CPU)."""
+    def entry_bytes(self) -> int:
+        """Of one cached token in all layers and KV heads: key and value."""
+        shape = shape_of(self.loaded)
+        return 2 * shape.layers * shape.kv_heads * shape.head_dim * self.loaded.dtype.itemsize
+
+    def peak(self) -> list[Row]:
+        """Peak memory of a sweep of all budgeted cells at a quarter, half and all of their budgets, ascending.
+
+        CUDA counts each sweep's own peak. On a CPU the peak of the process is known only, which never falls: what
+        is reported is its growth over that of a plain prefill, and the budgets ascend. Beside it what the sweep has
+        to hold: the cells' entries, and one layer's keys and values of the whole prompt.
+        """
+        tokens = self.cfg.prompt_tokens[-1]
+        request = self.request(self.prompt(tokens), self.cfg.new_tokens)
+        budgeted = [c.variant for c in self.cells if isinstance(c.budget, int)]
+        entry = self.entry_bytes()
         meter = MemoryMeter(self.model.device)
-        before = meter.process_peak()
-        engine = Engine(self.model, self.cfg.max_lanes)
-        list(engine.run([Job(request, [c.variant for c in self.cells])]))
-        return {
-            "part": "bytes",
-            "what": "sweep peak",
-            "cells": len(self.cells),
-            "prompt_tokens": len(request.ids),
-            **{f"peak_{phase}_bytes": peak for phase, peak in engine.memory.peaks.items()},
-            "process_peak_growth_bytes": meter.process_peak() - before,
-        }
+        meter.start()
+        self.plain_prefill(request.ids)
+        meter.stop("plain")
+        before = meter.peaks.get("plain", meter.process_peak())
+        rows = []
+        for share in (0.25, 0.5, 1.0):
+            variants = [
+                Variant(v.policy, max(round(share * v.budget), v.policy.least_budget()))
+                for v in budgeted
+                if isinstance(v.budget, int)
+            ]
+            engine = Engine(self.model, self.cfg.max_lanes)
+            list(engine.run([Job(request, variants)]))
+            rows.append(
+                {
+                    "part": "peak",
+                    "what": f"{share:g} x budgets",
+                    "cells": len(variants),
+                    "prompt_tokens": tokens,
+                    "entries": (held := sum(v.cell(tokens).budget for v in variants)),
+                    "cache_bytes": held * entry,
+                    "one_layer_bytes": tokens * entry // shape_of(self.loaded).layers,
+                    "peak_over_plain_prefill": max(engine.memory.peaks.values(), default=meter.process_peak()) - before,
+                }
+            )
+        return rows
 
     def interleave(self, runs: Mapping[str, Callable[[], float]]) -> dict[str, list[float]]:
         """Every run once as a warm-up, then all in turn, `repeats` times."""

@@ -16,10 +16,10 @@ from unittest import mock
 
 import torch
 
-from src import run, settings, sweep
+from src import bench, run, settings, sweep
 
 ROOT = Path(__file__).resolve().parents[1]
-ENTRY: dict[str, Any] = {"run": ("config", run.run), "sweep": ("sweep", sweep.sweep)}
+ENTRY: dict[str, Any] = {"run": ("config", run.run), "sweep": ("sweep", sweep.sweep), "bench": ("bench", bench.bench)}
 
 
 @dataclass(frozen=True)

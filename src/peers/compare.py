@@ -12,6 +12,7 @@ from typing import Any
 from src.errors import InputError
 
 WORKER = Path(__file__).with_name("kvpress_worker.py")
+PRESSES = ("streaming_llm", "observed", "snapkv")  # the peer's own names for its methods
 
 
 class Peer:
@@ -70,10 +71,7 @@ def compare(
     for turn in range(turns):
         grid = ours()
         full = peer.cell(ids, "full", None, new_tokens)
-        cells = {
-            press: sum(peer.cell(ids, press, budget, new_tokens) for budget in budgets)
-            for press in ("streaming_llm", "observed", "snapkv")
-        }
+        cells = {press: sum(peer.cell(ids, press, budget, new_tokens) for budget in budgets) for press in PRESSES}
         as_is = full + cells["streaming_llm"] + cells["observed"] + 2 * cells["snapkv"]
         kind = full + cells["streaming_llm"] + 3 * cells["snapkv"]
         row = {
