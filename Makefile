@@ -22,8 +22,8 @@ setup: .venv/.done  ## create .venv with everything, pinned
 	touch $@
 
 demo: setup      ## five policies at two budgets on the embedded model: one sweep, one report
-	$(BIN)/python -m src.sweep experiment=demo output_root=$(RESULTS)
-	$(BIN)/python -m src.report $(RESULTS)/smollm2-135m --baseline snapkv
+	$(BIN)/python -m src.sweep experiment=demo output_root=$(RESULTS)/demo
+	$(BIN)/python -m src.report $(RESULTS)/demo/smollm2-135m --baseline snapkv
 
 test: setup      ## all tests
 	$(BIN)/python -m pytest

@@ -12,7 +12,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from evals import longbench, longgenbench, pocket
 from evals.errors import DataError
@@ -83,8 +83,13 @@ def prediction_row(place: str, row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise DataError(f"{message} (python -m evals.score --help)")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m evals.score", description=(__doc__ or "").split("\n")[0])
+    parser = _Parser(prog="python -m evals.score", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folder", metavar="DIR", type=Path, help="folder with one <task>.jsonl per task")
     parser.add_argument(
         "--edit-similarity",
@@ -92,8 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default="levenshtein",
         help="back-end of the code metric; published numbers use either (default: %(default)s)",
     )
-    options = parser.parse_args(arguments)
     try:
+        options = parser.parse_args(arguments)
         scores = score_folder(options.folder, options.edit_similarity)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)

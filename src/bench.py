@@ -2,7 +2,7 @@
 
 Parts (`parts=[prefill,decode,grid,bytes,peak]`, see conf/bench.yaml):
     prefill  each policy's prefill against the plain model's, interleaved, as ratios
-    decode   tokens/s of one lane against the length of the prompt
+    decode   tokens/s of one lane, and of plain transformers, against the length of the prompt; on CUDA peak memory
     grid     all cells from one shared prefill against the same cells one by one
     bytes    cache bytes against the formula
     peak     the peak memory of a sweep without the full cache, at growing budgets
@@ -19,21 +19,22 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
 from src.binding import bind, shape_of
+from src.checks import check_settings
 from src.engine import Engine
 from src.environment import environment
 from src.jobs import Generation, Job, Request, Variant
-from src.memory import MemoryMeter
 from src.models import LoadedModel, load_model
 from src.peers.compare import Peer, compare
+from src.plain import Plain
 from src.settings import CellConfig, main
 from src.sweep import grid
 
@@ -51,6 +52,8 @@ class Bench:
             OmegaConf.to_container(cfg.policies, resolve=True), OmegaConf.to_container(cfg.budgets, resolve=True)
         )
         self.cells = bind(cells, self.loaded)
+        self.plain = Plain(self.model)
+        self.peaks: dict[tuple[str, int], dict[str, int]] = {}  # of every decoding run, by phase
 
     def prompt(self, tokens: int, number: int = 0) -> list[int]:
         """English prose that every Python ships, `tokens` of it, from a place that depends on `number`."""
@@ -71,12 +74,12 @@ class Bench:
     # The parts.
 
     def prefill(self) -> list[Row]:
-        """Prefill seconds of every policy at the first budget, as a ratio to the plain model's in the same turn."""
+        """Prefill seconds of every policy at its largest budget, as a ratio to the plain model's in the same turn."""
         rows = []
         for tokens in self.cfg.prompt_tokens:
             ids = self.prompt(tokens)
             cells = one_budget(self.cells)
-            runs: dict[str, Callable[[], float]] = {"plain": lambda ids=ids: self.plain_prefill(ids)}  # type: ignore[misc]
+            runs: dict[str, Callable[[], float]] = {"plain": lambda ids=ids: self.plain.prefill(ids)}  # type: ignore[misc]
             for cell in cells:
                 job = Job(self.request(ids, 1), [cell.variant])
                 runs[cell.shown] = lambda job=job: self.run([job], 1)[0].prefill_seconds  # type: ignore[misc]
@@ -95,41 +98,41 @@ class Bench:
                 )
         return rows
 
-    @torch.inference_mode()
-    def plain_prefill(self, ids: list[int]) -> float:
-        """The model as transformers runs it, with its own attention and no cache."""
-        self.model.set_attn_implementation("sdpa")
-        batch = torch.tensor([ids], device=self.model.device)
-        started = time.perf_counter()
-        logits = self.model(batch, use_cache=False, logits_to_keep=1).logits
-        float(logits[0, -1, 0])
-        return time.perf_counter() - started
-
     def decode(self) -> list[Row]:
-        """Decode tokens/s of one lane; how it changes from the shortest to the longest prompt."""
+        """Decode tokens/s of one lane and of plain transformers; how they change from the first prompt length on."""
         rows: list[Row] = []
-        new = self.cfg.new_tokens
-        for cell in one_budget(self.cells):
-            runs = {}
-            for tokens in self.cfg.prompt_tokens:
-                job = Job(self.request(self.prompt(tokens), new), [cell.variant])
-                runs[str(tokens)] = lambda job=job: self.run([job], 1)[0].decode_seconds / (new - 1)  # type: ignore[misc]
-            seconds = self.interleave(runs)
-            first = seconds[str(self.cfg.prompt_tokens[0])]
-            for name, taken in seconds.items():
-                ratios = [a / b for a, b in zip(first, taken, strict=True)]
+        for cell in (None, *one_budget(self.cells)):
+            lengths = self.cfg.prompt_tokens
+            seconds = self.interleave({str(n): partial(self.decode_once, cell, n) for n in lengths})
+            first = seconds[str(lengths[0])]
+            for tokens in lengths:
+                taken = seconds[str(tokens)]
                 rows.append(
                     {
                         "part": "decode",
-                        "what": cell.shown,
-                        "budget": cell.budget,
-                        "prompt_tokens": int(name),
+                        "what": shown_name(cell),
+                        "budget": cell.budget if cell else None,
+                        "prompt_tokens": tokens,
                         "tokens_per_second": 1 / median(taken),
-                        "ratio_to_shortest": median(ratios),
+                        "ratio_to_shortest": median([a / b for a, b in zip(first, taken, strict=True)]),
                         "runs": len(taken),
+                        **{f"peak_{phase}_bytes": peak for phase, peak in self.peaks[shown_name(cell), tokens].items()},
                     }
                 )
         return rows
+
+    def decode_once(self, cell: CellConfig | None, tokens: int) -> float:
+        """Seconds per token of a cell that has the batch to itself, or of plain transformers; notes CUDA's peaks."""
+        ids, new = self.prompt(tokens), self.cfg.new_tokens
+        if cell is None:
+            plain = Plain(self.model)
+            taken, memory = plain.decode(ids, new), plain.memory
+        else:
+            engine = Engine(self.model, 1)
+            (result,) = engine.run([Job(self.request(ids, new), [cell.variant])])
+            taken, memory = result.decode_seconds / (new - 1), engine.memory
+        self.peaks[shown_name(cell), tokens] = memory.peaks
+        return taken
 
     def grid(self) -> list[Row]:
         """All cells of the grid from shared prefills, against each cell alone with one lane, prompt by prompt."""
@@ -202,11 +205,9 @@ class Bench:
         request = self.request(self.prompt(tokens), self.cfg.new_tokens)
         budgeted = [c.variant for c in self.cells if isinstance(c.budget, int)]
         entry = self.entry_bytes()
-        meter = MemoryMeter(self.model.device)
-        meter.start()
-        self.plain_prefill(request.ids)
-        meter.stop("plain")
-        before = meter.peaks.get("plain", meter.process_peak())
+        meter = self.plain.memory
+        self.plain.prefill(request.ids)
+        before = meter.peaks.get("prefill", meter.process_peak())
         rows = []
         for share in (0.25, 0.5, 1.0):
             variants = [
@@ -240,6 +241,10 @@ class Bench:
                     seconds[name].append(taken)
                 print(f"  {name}: {taken:.3f} s{'' if turn else ' (warm-up)'}", file=sys.stderr, flush=True)
         return seconds
+
+
+def shown_name(cell: CellConfig | None) -> str:
+    return "plain" if cell is None else cell.shown
 
 
 def one_budget(cells: Sequence[CellConfig]) -> list[CellConfig]:
@@ -280,6 +285,7 @@ def shown(value: Any) -> str:
 
 def bench(cfg: DictConfig) -> int:
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    check_settings(cfg, needed=("model",))
     work = Bench(cfg)
     rows: list[Row] = []
     for part in cfg.parts:

@@ -52,7 +52,27 @@ SECONDS: Rule = (
     lambda value: type(value) in (int, float) and math.isfinite(value) and value > 0,
     "seconds, more than 0",
 )
+BENCH_PARTS = ("prefill", "decode", "grid", "bytes", "peak", "peers")
+LENGTHS: Rule = (
+    lambda value: isinstance(value, list) and bool(value) and all(type(n) is int and n >= 2 for n in value),
+    "a list of token counts, e.g. [1024,4096]",
+)
 RULES: dict[str, Rule] = {
+    "parts": (
+        lambda value: isinstance(value, list) and bool(value) and all(part in BENCH_PARTS for part in value),
+        f"a list of {', '.join(BENCH_PARTS)}",
+    ),
+    "prompt_tokens": LENGTHS,
+    "groups": whole(1),
+    "centroids": whole(2),
+    "samples": whole(1),
+    "sample_tokens": whole(1),
+    "jobs": (lambda value: type(value) is int and value != 0, "a number of processes, or -1: one per core"),
+    "output": text("the cache folder"),
+    "grid_tokens": whole(2),
+    "grid_prompts": whole(1),
+    "new_tokens": whole(2),
+    "repeats": whole(1),
     "limit": whole(1, "every sample"),
     "lanes": whole(1),
     "max_lanes": whole(1),
@@ -87,8 +107,11 @@ RULES: dict[str, Rule] = {
 GROUPS = ("policy", "model", "tasks", "wandb")
 
 
-def check_settings(cfg: DictConfig) -> None:
+def check_settings(cfg: DictConfig, needed: tuple[str, ...] = ("model", "tasks")) -> None:
     """Raise for the first setting that is not of its kind.
+
+    Args:
+        needed: groups that must be there.
 
     Raises:
         InputError: it names the setting, its value and what would be valid.
@@ -98,7 +121,7 @@ def check_settings(cfg: DictConfig) -> None:
     for group in GROUPS:
         if not isinstance(plain.get(group, {}), dict):
             raise InputError(f"{group}={plain[group]}: valid: a name of the group; see --help")
-    for group in ("model", "tasks"):
+    for group in needed:
         if group not in plain:
             raise InputError(f"{group}=null: valid: a name of the group; see --help")
     for name, (valid, wanted) in RULES.items():

@@ -144,8 +144,10 @@ def make(cfg: DictConfig) -> int:
     """The job: fit, save, print the file."""
     from evals.pocket import passage
     from src.binding import shape_of
+    from src.checks import check_settings
     from src.models import load_model
 
+    check_settings(cfg, needed=("model",))
     loaded = load_model(OmegaConf.to_container(cfg.model, resolve=True))  # type: ignore[arg-type]
     shape, tokens = shape_of(loaded), cfg.samples * cfg.sample_tokens
     if cfg.groups < 1 or shape.head_dim % cfg.groups:

@@ -228,7 +228,9 @@ class Engine:
                 caches, pool_row = batch.locate(row)
                 where_in_text = f"the token at position {lane.position}"
                 self._refuse_nan(lane.result.request, caches, pool_row, where_in_text)
-            lane.result.decode_seconds += share
+            if lane.targets is None:  # what a fidelity lane takes is not the policy's decoding
+                lane.result.decode_seconds += share
+                lane.result.decode_steps += 1
             lane.advance(token)
 
     def _refuse_nan(self, request: Request, caches: Sequence[LayerCache], row: int, where: str) -> None:

@@ -134,6 +134,7 @@ class Generation:
         kv_bytes_full: what everything read up to the cut would take (with `prompt_scope=context`, the context).
         bookkeeping_bytes: positions and the policy's own state.
         decode_seconds: the lane's share of the batch's time (step time / lanes in the step, summed).
+        decode_steps: tokens read one by one, those of the question with `prompt_scope=context` included.
         lanes: lanes in the batch at its start.
         extra: what the policy itself reports about the lane.
         error: why there is no result; everything else is then empty.
@@ -152,6 +153,7 @@ class Generation:
     bookkeeping_bytes: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    decode_steps: int = 0
     lanes: int = 0
     fidelity: dict[str, float | list[float]] | None = None
     extra: dict[str, Any] = field(default_factory=dict)

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -27,6 +26,7 @@ from src.engine import Engine, Lane
 from src.errors import InputError
 from src.jobs import Generation
 from src.lanes import LaneBatch
+from src.reporting.runs import check_comparable, label_runs, load_run, show_budget
 
 FOLDER = "kept_over_time"
 BINS = 256  # at most, over prompt and output
@@ -132,13 +132,15 @@ def plot(traces: Mapping[str, Trace], path: Path, title: str) -> None:
     figure.savefig(path, dpi=150)
 
 
-def name_of(run: Path) -> str:
-    """Policy and budget of a run's folder."""
-    try:
-        settings = json.loads((run / "settings.json").read_text(encoding="utf-8"))
-        return f"{settings['policy']['name']}, budget {settings['budget']}"
-    except (OSError, ValueError, KeyError):
-        raise InputError(f"{run}: not a run's folder (no readable settings.json)") from None
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """Policy, options and budget of every run, each name once.
+
+    Raises:
+        InputError: not a finished run's folder, or runs that cannot be compared (other models, prompts, ...).
+    """
+    runs = [load_run(folder) for folder in folders]
+    check_comparable(runs)
+    return [f"{run.label}, budget {show_budget(run.budget)}" for run in label_runs(runs)]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -154,7 +156,10 @@ def main(arguments: Sequence[str]) -> int:
             found = ", ".join(common) or "none (were they made with kept_over_time=N?)"
             raise InputError(f"--sample {wanted.sample}: samples that all runs have: {found}")
         sample = wanted.sample or common[0]
-        traces = {name_of(run): Trace.load(run / FOLDER / f"{sample}.npz") for run in wanted.runs}
+        names = names_of(wanted.runs)
+        traces = {
+            name: Trace.load(run / FOLDER / f"{sample}.npz") for name, run in zip(names, wanted.runs, strict=True)
+        }
         plot(traces, wanted.out, f"What is cached as the output grows: {sample}")
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -148,9 +148,11 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("its kernels lack float64, in which positions are rotated and fidelity is summed")
     except (RuntimeError, AssertionError) as error:
         raise InputError(
-            f"model.device={name}: not available here ({first_line(error)}); valid: auto, cpu, cuda, cuda:N, mps"
+            f"model.device={name}: not available here ({first_line(error)}); valid: auto, cpu, cuda, cuda:N"
         ) from error
     return device
 

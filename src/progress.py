@@ -35,6 +35,7 @@ class Progress:
             TextColumn("ETA"),
             TimeRemainingColumn(),
             console=self.console,
+            speed_estimate_period=3600,  # samples end in bursts, a wave at a time
         )
         self._task = self._bar.add_task("samples x cells", total=self.total)
         self._live: Live | None = None

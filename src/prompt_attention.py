@@ -90,8 +90,8 @@ class PromptAttention:
         Returns:
             `(kv_heads, group, n)`, float32.
         """
-        if row_gain is not None and key is None:
-            raise ValueError("column_sums: a row_gain needs a key, or two gains would share one answer")
+        if (row_gain is not None or first_row) and key is None:
+            raise ValueError("column_sums: row_gain and first_row need a key, or two questions would share one answer")
         return self.once(("columns", key), lambda: self._column_sums(row_gain, first_row))
 
     def value_norms(self, kind: str = "l2_squared") -> Tensor:

@@ -98,7 +98,8 @@ class RunFolder:
         key = key_of(record)
         with self._turn():
             if kept is not None and self.mode != "off":
-                self._journal.append(store.kept_sample(key, int(record["prompt_tokens"]), kept, self.mode))
+                cut = int(record.get("context_tokens", record["prompt_tokens"]))  # tokens that the policy chose from
+                self._journal.append(store.kept_sample(key, cut, kept, self.mode))
             self._write_line(dict(record))
 
     @property

@@ -233,7 +233,7 @@ def readme(study: Study, commands: Sequence[str], own: str, name: str) -> str:
     lines = [f"# {name}", "", "Made by", "", *(f"    {command}" for command in (*commands, own)), ""]
     lines += [
         f"- model: {study.model}",
-        f"- samples: {len(study.keys)} of {len(study.tasks)} tasks ({', '.join(study.tasks)})",
+        f"- samples: {study.scored} of {len(study.tasks)} tasks ({', '.join(study.tasks)})",
         f"- prompts: {min(lengths):,} to {max(lengths):,} tokens" if lengths else "- prompts: no lengths recorded",
         f"- code: commit {', '.join(versions) or 'not recorded'}",
         *(f"- {key}: {value}" for key, value in study.comparability.items() if key != "task_versions"),

@@ -23,6 +23,7 @@ from src.reporting.data import make_study
 from src.reporting.figures import inline_svg, pdf, png
 from src.reporting.formats import Table, comma_separated, latex, markdown, terminal
 from src.reporting.html import page
+from src.reporting.overlap import overlap_table
 from src.reporting.plots import make_figures
 from src.reporting.samples import contrasts, retention_maps
 from src.reporting.summary import summary
@@ -46,6 +47,8 @@ def write_report(
     study = make_study(folders, baseline)
     analysis = analyse(study, resamples, seed)
     tables = make_tables(analysis)
+    shared = overlap_table(analysis)
+    tables += [shared] if shared else []
     maps, warnings = retention_maps(study)
     figures = make_figures(analysis, maps)
     out = out or Path(os.path.commonpath([run.folder.parent for run in study.runs])) / "report"
@@ -98,7 +101,7 @@ def as_numbers(analysis: Analysis) -> dict[str, Any]:
     head = {
         "model": study.model,
         "baseline": study.baseline,
-        "samples": len(study.keys),
+        "samples": study.scored,
         "summary": summary(analysis),
     }
     method = {"resamples": analysis.resamples, "seed": analysis.seed, "comparability": study.comparability}
@@ -142,7 +145,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--baseline", help="policy to compare with at equal budget (default: snapkv if there)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: `report` beside the runs)")
     parser.add_argument("--wandb", default="disabled", choices=MODES, metavar="MODE", help=" | ".join(MODES))
-    parser.add_argument("--wandb-project", default="kv-eviction", metavar="NAME", help="(kv-eviction)")
+    parser.add_argument("--wandb-project", default="kv-eviction-bench", metavar="NAME", help="(kv-eviction-bench)")
     parser.add_argument("--resamples", type=int, default=RESAMPLES, help=f"bootstrap resamples ({RESAMPLES})")
     parser.add_argument("--seed", type=int, default=0, help="of the resampling (0)")
     parser.add_argument("--samples", type=int, default=24, help="how many samples the page shows in full (24)")

@@ -11,6 +11,8 @@ import sys
 from omegaconf import DictConfig
 
 from src.checks import check_settings
+from src.errors import InputError
+from src.jobs import SplitBudget
 from src.session import Session, show_results
 from src.settings import main, make_cell, parse_budget
 
@@ -19,7 +21,14 @@ def run(cfg: DictConfig) -> int:
     """The job: returns the exit code and prints the results folder as the last line."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     check_settings(cfg)
-    cell = make_cell(cfg.policy, parse_budget(cfg.budget))
+    if "policies" in cfg:  # an experiment made for sweeps; a single cell of it would pass for all
+        raise InputError(
+            f"policies={cfg.policies}: a run has one policy; valid: python -m src.sweep with the same settings"
+        )
+    budget = parse_budget(cfg.budget)
+    cell = make_cell(cfg.policy, budget)
+    if isinstance(budget, SplitBudget) and not cell.variant.policy.uses_decode_budget:
+        raise InputError(f"budget={budget}: {cell.label} has no decode phase of its own; valid: one number")
     session = Session(cfg, [cell], lanes=cfg.lanes)
     code = session.run()
     show_results(session.cells)

@@ -54,11 +54,11 @@ def to_request(one: Prepared, model: LoadedModel, cfg: DictConfig) -> Request:
 
 
 def reference(one: Prepared, model: LoadedModel, longest: int) -> list[int]:
-    """The reference output as the model would write it, with its end token."""
+    """The reference output as the model would write it, with its end token if that is among the first `longest`."""
     glued = not one.prompt.chat and not one.sample.prompt[-1:].isspace()
     answer = (" " if glued else "") + one.sample.reference
-    ids = model.tokenizer.encode(answer, add_special_tokens=False)[: longest - 1]
-    return model.fit_ids([*ids, model.tokenizer.eos_token_id])
+    ids = model.tokenizer.encode(answer, add_special_tokens=False)
+    return model.fit_ids([*ids, model.tokenizer.eos_token_id][:longest])
 
 
 def to_record(one: Prepared, result: Generation, model: LoadedModel, cfg: DictConfig) -> dict[str, Any]:
@@ -66,6 +66,8 @@ def to_record(one: Prepared, result: Generation, model: LoadedModel, cfg: DictCo
     sample = one.sample
     record = {**describe(sample), "prompt_hash": one.key[2], "prompt_tokens": len(one.ids)}
     record["truncated"] = one.prompt.truncated
+    if result.request.context_tokens is not None:
+        record["context_tokens"] = result.request.context_tokens  # what was cut; kept positions are of these
     if result.error:
         return {**record, **failed(result.error)}
     prediction = str(model.tokenizer.decode(result.tokens, skip_special_tokens=True))
@@ -85,6 +87,7 @@ def to_record(one: Prepared, result: Generation, model: LoadedModel, cfg: DictCo
         "seconds": result.prefill_seconds + result.decode_seconds,
         "prefill_seconds": result.prefill_seconds,
         "decode_seconds": result.decode_seconds,
+        "decode_steps": result.decode_steps,
         "lanes": result.lanes,
         "fidelity": result.fidelity,
         **result.extra,

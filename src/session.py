@@ -37,6 +37,7 @@ from src.tracking import Tracker, Tracking
 @lru_cache(maxsize=1)
 def loaded(model: str) -> LoadedModel:
     """The model of a config given as JSON; kept for the next job of the same process (`-m`)."""
+    loaded.cache_clear()  # the one before goes first: two may not fit on a device
     return load_model(json.loads(model))
 
 
@@ -221,6 +222,7 @@ class Session:
             "max_new_tokens": self.cfg.max_new_tokens,
             "random_weights": self.model.random_weights,
             "dtype": str(self.model.dtype).removeprefix("torch."),
+            "weights": self.model.source,
             "task_versions": {s.task.name: s.task.version for s in self.samples},
         }
 

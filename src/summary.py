@@ -153,14 +153,15 @@ def _by_device(rows: Sequence[Record], full: float | None) -> dict[str, Any]:
 
 
 def _speed(rows: Sequence[Record]) -> dict[str, Any]:
-    """Prefill: mean seconds per sample. Decode: steps / seconds (the first new token belongs to the prefill).
+    """Prefill: mean seconds per sample. Decode: steps / seconds (the first new token belongs to the prefill; a
+    question that is read through the cut cache takes steps too).
 
     A decode second shared by many lanes is no single policy's speed, hence `lanes`: how many a sample shared
     its steps with, on average.
     """
     timed = [r for r in rows if r.get("decode_seconds")]
     seconds = math.fsum(r["decode_seconds"] for r in timed)
-    steps = sum(max(r["new_tokens"] - 1, 0) for r in timed)
+    steps = sum(r.get("decode_steps", max(r["new_tokens"] - 1, 0)) for r in timed)
     lanes = mean(r.get("lanes") for r in rows)
     return {
         "prefill_seconds": _rounded(mean(r.get("prefill_seconds") for r in rows), 6),

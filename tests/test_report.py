@@ -21,6 +21,7 @@ from src.reporting.runs import find_runs
 from src.reporting.samples import contrasts, retention_maps
 from src.reporting.summary import notes, summary
 from src.reporting.tables import comparison_table, make_tables, scores_table
+from src.retention_store import Kept
 
 Lines = list[dict[str, Any]]
 
@@ -418,3 +419,21 @@ def test_the_report_folder_lies_beside_the_runs_and_is_no_run(tmp_path: Path) ->
 def test_random_weights_are_announced(tmp_path: Path) -> None:
     write_run(tmp_path, records=lines(1, 2), comparability={"random_weights": True})
     assert any("random" in text for text in make_study([tmp_path]).warnings)
+
+
+def test_what_two_policies_keep_in_common(tmp_path: Path) -> None:
+    """Jaccard by hand: 0..3 against 2..5 of 8 positions share two of six."""
+    for policy, first in (("h2o", 0), ("snapkv", 2)):
+        positions = [[list(range(first, first + 4))] * 2] * 2  # layers, heads
+        rows = [record("qasper", i, 1.0, 4, n=8) for i in range(3)]
+        write_run(tmp_path, policy, 4, rows, kept=lambda _, found=positions: Kept(found))
+    tables = write_report([tmp_path], tmp_path / "out", resamples=1000)[2]
+    shared = next(t for t in tables if t.name == "overlap")
+    assert [c.name for c in shared.columns] == ["policy", "budget", "h2o", "snapkv"]
+    assert [[c.value for c in row[2:]] for row in shared.rows] == [
+        [None, pytest.approx(100 / 3)],
+        [pytest.approx(100 / 3), None],
+    ]
+    assert "What two policies keep in common" in (tmp_path / "out" / "report.html").read_text()
+    write_run(tmp_path / "alone", "h2o", 4, [record("qasper", 0, 1.0, 4, n=8)])
+    assert not any(t.name == "overlap" for t in write_report([tmp_path / "alone"], resamples=1000)[2])

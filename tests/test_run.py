@@ -21,7 +21,17 @@ from src.retention_store import load_retention
 FIELDS = {
     *("task", "id", "prompt_hash", "prompt_tokens", "new_tokens", "prediction", "answers", "all_classes", "length"),
     *("score", "extra_scores", "kept", "kv_bytes", "kv_bytes_peak", "bookkeeping_bytes", "kv_bytes_full", "seconds"),
-    *("prefill_seconds", "decode_seconds", "lanes", "truncated", "finish", "fidelity", "error", "metric"),
+    *(
+        "prefill_seconds",
+        "decode_seconds",
+        "decode_steps",
+        "lanes",
+        "truncated",
+        "finish",
+        "fidelity",
+        "error",
+        "metric",
+    ),
 }
 
 
@@ -71,6 +81,7 @@ def test_predictions_and_metrics(base: list[str]) -> None:
     steps, seconds = sum(r["new_tokens"] - 1 for r in records), sum(r["decode_seconds"] for r in records)
     assert found["speed"]["decode_tokens_per_second"] == pytest.approx(steps / seconds, rel=1e-3)
     assert found["speed"]["lanes"] == 4 and found["speed"]["prefill_seconds"] > 0
+    assert found["comparability"].pop("weights").endswith("tiny-llama")
     assert found["comparability"] == {
         "max_prompt_tokens": 200,
         "chat_template": True,

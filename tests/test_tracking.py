@@ -16,9 +16,12 @@ import numpy as np
 import pytest
 import wandb
 import yaml
+from synthetic_runs import record, write_run
 
 from src import tracking
 from src.errors import InputError
+from src.report import write_report
+from src.reporting.tracking import track_report
 from src.tracking import NoTracker, Tracking, WandbTracker, summary
 from src.wandb_server import key_configured, server, within
 from tests import wandb_file
@@ -36,7 +39,8 @@ METRICS: dict[str, Any] = {
     "average": 25.0, "samples": 1, "failed": 0, "tasks": {"qa": {"score": 25.0, "stderr": None, "n": 1}},
     "memory": {"ratio": 0.25, "kv_bytes_mean": 100.0}, "speed": {"decode_tokens_per_second": 9.0, "lanes": 1},
     "fidelity": {"kl": 0.125}, "retention": {
-        "histogram": [1.0] + [0.0] * 63, "kept_mean": 8.0, "gini": 0.9, "heavy": {"kl_uniform": 0.5}},
+        "histogram": [1.0] + [0.0] * 63, "kept_mean": 8.0, "gini": 0.9, "heavy": {"kl_uniform": 0.5},
+        "decile_shares": [0.75, 0.25], "per_layer": {"gini": [0.25, 0.5]}, "per_head": {"gini": [[1.0], [1.0]]}},
 }  # fmt: skip
 
 
@@ -98,6 +102,19 @@ def written(run: Path) -> dict[str, dict[str, str]]:
     return wandb_file.values(files[0])
 
 
+def test_a_report_is_a_run_of_its_own(run: Path, tmp_path: Path) -> None:
+    for policy, gain in (("h2o", 0), ("snapkv", 1)):
+        write_run(tmp_path / "runs", policy, 64, [record("qasper", i, 10.0 * i + gain, 64) for i in range(6)])
+    _, analysis, tables = write_report([tmp_path / "runs"], out=run, resamples=1000)
+    assert track_report("offline", "studies", run, analysis, tables)
+    found = written(run)["summary"]
+    for table in tables:
+        assert found[f"tables/{table.name}/_type"] == '"table-file"'
+    assert found["figures/score_vs_budget/_type"] == '"image-file"'
+    assert found["report/_type"] == '"html-file"'
+    assert track_report("disabled", "studies", run, analysis, tables) is False
+
+
 def test_offline_run_holds_config_scores_memory_speed_predictions_and_retention(run: Path) -> None:
     matplotlib.image.imsave(run / "retention.png", np.zeros((4, 4)))
     tracker = Tracking("auto").start(run, {"budget": 4, "policy": {"name": "h2o"}}, "h2o-4", done=7)
@@ -117,6 +134,8 @@ def test_offline_run_holds_config_scores_memory_speed_predictions_and_retention(
     assert last["fidelity/kl"] == 0.125
     assert last["retention/gini"] == 0.9
     assert last["retention/heavy/kl_uniform"] == 0.5
+    assert last["retention/decile_shares/00"] == 0.75 and last["retention/per_layer/gini/01"] == 0.5
+    assert not any("per_head" in name or "histogram" in name for name in summary(METRICS))
     assert json.loads(found["summary"]["retention/positions/values"]) == [8.0] + [0.0] * 63
     assert json.loads(found["summary"]["retention/positions/bins"])[-1] == 1.0
     assert found["summary"]["retention/layers/_type"] == '"image-file"'

@@ -28,6 +28,11 @@ class Study:
     warnings: tuple[str, ...]
 
     @property
+    def scored(self) -> int:
+        """Samples with a score in at least one run: what the evidence rests on, failures left out."""
+        return int((~np.isnan(self.scores)).any(axis=1).sum())
+
+    @property
     def full(self) -> int | None:
         """The column of the full cache."""
         return next((i for i, run in enumerate(self.runs) if run.full), None)

@@ -55,7 +55,7 @@ def page(
     add("differences", "What is a real difference?", figure("differences"), table("comparison"))
     add("memory", "Score versus memory", figure("score_vs_bytes"), table("memory"))
     add("fidelity", "Fidelity to the full cache", figure("fidelity_vs_budget"), table("fidelity"))
-    add("retention", "Which positions survive", figure("retention"), table("retention"))
+    add("retention", "Which positions survive", figure("retention"), table("retention"), table("overlap"))
     add("samples", "Where policies differ most", _samples(analysis, samples))
     add("policies", "Notes on each policy", _notes(analysis))
     add("conditions", "Conditions", _conditions(analysis))

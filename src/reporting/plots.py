@@ -30,12 +30,13 @@ def make_figures(analysis: Analysis, retention: dict[int, NDArray[np.float64]] |
 def _figures(analysis: Analysis, retention: dict[int, NDArray[np.float64]]) -> dict[str, Figure]:
     figures = {}
     if analysis.budgeted:
-        figures["score_vs_budget"] = score_vs_budget(analysis)
+        if analysis.study.budgets:  # a policy may do without
+            figures["score_vs_budget"] = score_vs_budget(analysis)
         if sum(row.memory("kv_bytes_mean") is not None for row in analysis.rows) > 1:
             figures["score_vs_bytes"] = score_vs_bytes(analysis)
         if any(row.full or row.baseline for row in analysis.rows):
             figures["differences"] = differences(analysis)
-        if analysis.has_fidelity:
+        if analysis.has_fidelity and analysis.study.budgets:
             figures["fidelity_vs_budget"] = fidelity_vs_budget(analysis)
     if retention:
         figures["retention"] = retention_maps(analysis, retention)
@@ -236,5 +237,5 @@ def retention_maps(analysis: Analysis, maps: dict[int, NDArray[np.float64]]) -> 
 
 
 def _samples(analysis: Analysis) -> str:
-    n, tasks = len(analysis.study.keys), len(analysis.study.tasks)
+    n, tasks = analysis.study.scored, len(analysis.study.tasks)
     return f"n = {n} samples of {tasks} task{'s' if tasks > 1 else ''}"

@@ -83,7 +83,7 @@ def retention_maps(study: Study) -> tuple[dict[int, NDArray[np.float64]], list[s
     maps: dict[int, NDArray[np.float64]] = {}
     warnings: list[str] = []
     for column, run in enumerate(study.runs):
-        if run.full or not (run.folder / "retention.npz").exists():
+        if run.full or run.budget is None or not (run.folder / "retention.npz").exists():
             continue
         try:
             retention = load_retention(run.folder)

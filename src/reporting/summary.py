@@ -25,7 +25,7 @@ def headline(analysis: Analysis) -> list[tuple[str, str, str]]:
         if ratio is not None:
             tiles.append(("Its cache memory", f"{100 * ratio:.1f} %", "of the full cache's bytes"))
     study = analysis.study
-    tiles.append(("Evidence", f"{len(study.keys):,} samples", f"{_count(len(study.tasks), 'task')}, paired"))
+    tiles.append(("Evidence", f"{study.scored:,} samples", f"{_count(len(study.tasks), 'task')}, paired"))
     return tiles
 
 
@@ -35,7 +35,7 @@ def summary(analysis: Analysis) -> list[str]:
     named = study.labels
     lines = [
         f"{_count(len(named), 'policy', 'policies')} at {_count(len(study.budgets), 'budget')} "
-        f"on {study.model}: {_count(len(study.tasks), 'task')}, {_count(len(study.keys), 'sample')}."
+        f"on {study.model}: {_count(len(study.tasks), 'task')}, {_count(study.scored, 'sample')}."
     ]
     if full:
         scored = number(full.average.estimate)

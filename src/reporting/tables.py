@@ -119,22 +119,30 @@ def comparison_table(analysis: Analysis) -> Table:
 
 def memory_table(analysis: Analysis) -> Table:
     """Bytes of the caches, as recorded per sample. No speeds: cells of a sweep share their steps."""
-    columns = (
+    columns = [
         POLICY,
         BUDGET,
         Column("KV after prompt", "MiB, mean"),
         Column("of full cache", "%"),
         Column("KV at most", "MiB, mean of peaks"),
         Column("bookkeeping", "MiB, mean"),
-    )
+    ]
+    note = "Per sample, over all layers. A policy's speed is measured by src.bench, not here."
+    split = any(row.memory("device_ratio") is not None for row in analysis.rows)
+    if split:
+        columns += [Column("on the device", "% of full cache"), Column("with codebooks", "% of full cache")]
+        note += " Codebooks are shared by all samples of a model; here they are counted to a single one."
     rows = []
     for row in analysis.rows:
         ratio = row.memory("ratio")
-        cells = [mebibytes(row.memory("kv_bytes_mean")), _plain(None if ratio is None else 100 * ratio, 1)]
+        cells = [mebibytes(row.memory("kv_bytes_mean")), _percent(ratio)]
         cells += [mebibytes(row.memory(name)) for name in ("kv_bytes_peak_mean", "bookkeeping_bytes_mean")]
+        if split:  # where nothing is apart, all of it is on the device
+            device = row.memory("device_ratio")
+            both = row.memory("device_ratio_with_codebooks")
+            cells += [_percent(ratio if device is None else device), _percent(ratio if both is None else both)]
         rows.append((*_heads(row), *cells))
-    note = "Per sample, over all layers. A policy's speed is measured by src.bench, not here."
-    return Table("memory", "Cache memory", columns, tuple(rows), _breaks(analysis), note)
+    return Table("memory", "Cache memory", tuple(columns), tuple(rows), _breaks(analysis), note)
 
 
 def fidelity_table(analysis: Analysis) -> Table:
@@ -223,6 +231,10 @@ def _difference(difference: Difference | None, pairs: bool) -> list[Cell]:
 
 def _plain(value: float | None, digits: int) -> Cell:
     return Cell(number(value, digits), value)
+
+
+def _percent(share: float | None) -> Cell:
+    return _plain(None if share is None else 100 * share, 1)
 
 
 def _missing() -> Cell:

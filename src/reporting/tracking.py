@@ -25,7 +25,7 @@ def track_report(mode: str, project: str, out: Path, analysis: Analysis, tables:
     if not isinstance(tracker, WandbTracker):
         return False
     tracker._attempt(lambda: _log(tracker, out, tables))
-    tracker.finish({"average": None, "samples": len(study.keys), "failed": 0}, [])
+    tracker.finish({"average": None, "samples": study.scored, "failed": 0}, [])
     return True
 
 

@@ -1,0 +1,55 @@
+"""How much of what one policy keeps another keeps too, at equal budget."""
+
+from src.errors import InputError
+from src.reporting.analysis import Analysis, Row
+from src.reporting.formats import Cell, Column, Table, number
+from src.reporting.tables import BUDGET, POLICY
+from src.retention import overlap
+from src.retention_store import Retention, load_retention
+
+
+def overlap_table(analysis: Analysis) -> Table | None:
+    """Jaccard overlap of the positions kept after the prompt, each pair at equal budget; None below two policies."""
+    kept = {id(row): file for row in analysis.budgeted if (file := _kept(row)) is not None}
+    labels = [name for name in analysis.study.labels if any(r.run.label == name for r in _with(analysis, kept))]
+    rows = []
+    for row in _with(analysis, kept):
+        alike = {other.run.label: other for other in _with(analysis, kept) if other.run.budget == row.run.budget}
+        cells = [_shared(kept, row, alike.get(label)) for label in labels]
+        rows.append((Cell(row.run.label), Cell(f"{row.run.budget:g}", row.run.budget), *cells))
+    for file in kept.values():
+        file.close()
+    if len(labels) < 2:
+        return None
+    columns = (POLICY, BUDGET, *(Column(label, "% in common", key=f"overlap with {label}") for label in labels))
+    note = (
+        "Positions that both keep / positions that either keeps, after the prompt; every sample, layer and head weighs "
+        "the same. Forced windows count: two policies that keep the last half of their budget share that half."
+    )
+    return Table("overlap", "What two policies keep in common", columns, tuple(rows), note=note)
+
+
+def _with(analysis: Analysis, kept: dict[int, Retention]) -> list[Row]:
+    return [row for row in analysis.budgeted if id(row) in kept]
+
+
+def _kept(row: Row) -> Retention | None:
+    """Exact positions, if the run recorded them."""
+    if row.run.budget is None or not (row.run.folder / "retention.npz").exists():
+        return None
+    try:
+        file = load_retention(row.run.folder)
+        file.sample(file.keys[0]).kept()
+    except (InputError, IndexError):
+        return None
+    return file
+
+
+def _shared(kept: dict[int, Retention], row: Row, other: Row | None) -> Cell:
+    if other is None or other is row:
+        return Cell("–")
+    try:
+        share = 100 * overlap(kept[id(row)], kept[id(other)])["mean"]
+    except InputError:  # no sample in common
+        return Cell("–")
+    return Cell(number(share, 1), share)

@@ -1,0 +1,163 @@
+"""SCOPE and HCAttention as users run them: codebooks, sweep, run, report, pictures, bad input."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli import call, folders, lines, metrics, predictions
+
+from src import kept_over_time, report
+
+ENTRY = 2 * 2 * 2 * 16 * 4  # keys and values, layers, KV heads, head size, float32
+
+
+@pytest.fixture(scope="module")
+def common(model_folder: Path) -> list[str]:
+    return [
+        "model=local",
+        f"model.path={model_folder}",
+        "model.max_prompt_tokens=200",
+        "tasks=needle",
+        "limit=2",
+        "max_new_tokens=10",
+        "wandb.mode=disabled",
+    ]
+
+
+@pytest.fixture(scope="module")
+def codebooks(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("codebooks") / "tiny.safetensors"
+    model = ["model=local", f"model.path={model_folder}", "model.max_prompt_tokens=200"]
+    fit = ["groups=4", "centroids=8", "samples=1", "sample_tokens=200", "jobs=1", f"output={file}"]
+    done = call("codebooks", *model, *fit)
+    assert done.code == 0 and file.exists(), done.err
+    return file
+
+
+def grid(codebooks: Path) -> str:
+    quantised = f"{{name: hcattention, groups: 4, centroids: 8, codebooks: {codebooks}, tau: 0.5}}"
+    return f"policies=[full,h2o,scope_slide,{{name: scope_slide, score: current}},{quantised}]"
+
+
+@pytest.fixture(scope="module")
+def swept(common: list[str], codebooks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("swept")
+    more = ["budgets=[48]", "fidelity=true", "kept_over_time=2", f"output_root={root}"]
+    done = call("sweep", *common, grid(codebooks), *more)
+    assert done.code == 0, done.err
+    return root
+
+
+def test_cells_of_a_sweep_are_the_runs_alone(common: list[str], codebooks: Path, swept: Path, tmp_path: Path) -> None:
+    for policy in (
+        ["policy=scope_slide", "budget=48"],
+        [
+            "policy=hcattention",
+            "policy.groups=4",
+            "policy.centroids=8",
+            f"policy.codebooks={codebooks}",
+            "policy.tau=0.5",
+        ],
+    ):
+        done = call("run", *common, *policy, "lanes=1", f"output_root={tmp_path}")
+        assert done.code == 0, done.err
+        assert predictions(done.folder) == predictions(folders(swept)[done.folder.name])
+
+
+def test_bytes_are_counted_per_device(swept: Path, codebooks: Path) -> None:
+    found = next(path for name, path in folders(swept).items() if name.startswith("hcattention"))
+    for record in lines(found):
+        n = record["prompt_tokens"]
+        assert record["kv_bytes_device"] == n * 2 * 2 * 4 * 2  # layers, KV heads, groups, 16-bit indices
+        assert record["kv_bytes_host"] == n * ENTRY // 2
+        assert 0 < record["chosen_share"] < 1
+    memory = metrics(found)["memory"]
+    assert memory["codebook_bytes"] == 2 * 2 * 4 * 8 * 4 * 4  # layers, KV heads, groups, centroids, 16 / 4, float32
+    full = memory["kv_bytes_full_mean"]
+    assert memory["device_ratio"] == pytest.approx(4 * 2 / (2 * 16 * 4), abs=1e-6)
+    assert memory["device_ratio_with_codebooks"] == pytest.approx(
+        memory["device_ratio"] + memory["codebook_bytes"] / full, abs=1e-5
+    )
+
+
+def test_a_budget_in_two_parts(common: list[str], tmp_path: Path) -> None:
+    both = "{prompt: 40, decode: 6}"
+    done = call("run", *common, "policy=scope_adaptive", f"budget={both}", f"output_root={tmp_path}")
+    assert done.code == 0, done.err
+    assert done.folder.name.startswith("scope_adaptive-40+6-")
+    done = call("sweep", *common, "policies=[scope_slide]", f"budgets=[{both},50]", f"output_root={tmp_path}")
+    assert done.code == 0, done.err
+    assert len(folders(tmp_path)) == 3
+    for record in lines(next(path for name, path in folders(tmp_path).items() if "slide-40+6" in name)):
+        assert record["kept"] == {"prompt": 40, "end": 46}
+
+
+def test_in_the_report(swept: Path, tmp_path: Path) -> None:
+    assert report.main([str(swept), "--out", str(tmp_path / "all"), "--resamples", "1000"]) == 0
+    page = (tmp_path / "all" / "report.html").read_text()
+    assert "scope_slide score=current" in page and "hcattention" in page
+
+
+def test_a_report_without_any_budget(swept: Path, tmp_path: Path) -> None:
+    """HCAttention keeps every token: there is no curve over budgets to draw."""
+    found = [path for name, path in folders(swept).items() if name.startswith(("full", "hcattention"))]
+    assert len(found) == 2
+    assert report.main([*map(str, found), "--out", str(tmp_path), "--resamples", "1000"]) == 0
+    assert not (tmp_path / "figures" / "score_vs_budget.png").exists()
+
+
+def test_the_kept_set_over_time(swept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = [str(path) for name, path in folders(swept).items() if name.startswith(("h2o", "scope"))]
+    assert len(found) == 3
+    assert len(set(kept_over_time.names_of([Path(path) for path in found]))) == 3  # options tell them apart
+    out = tmp_path / "kept.png"
+    assert kept_over_time.main([str(out), *found]) == 0
+    assert out.read_bytes()[:4] == b"\x89PNG"
+    assert kept_over_time.main([str(out), *found, "--sample", "other"]) == 2
+    assert "needle-needle-0-0" in capsys.readouterr().err
+    assert kept_over_time.main([str(out), str(tmp_path)]) == 2
+
+
+REFUSED: dict[str, tuple[list[str], list[str]]] = {
+    "no decode phase": (["policy=h2o", "budget={prompt: 40, decode: 8}"], ["budget=40+8", "one number"]),
+    "no budget at all": (["policy=full", "budget={prompt: 40, decode: 8}"], ["budget=40+8", "one number"]),
+    "a pool below its window": (
+        ["policy=scope_slide", "budget={prompt: 8, decode: 8}"],
+        ["budget.prompt=8", "9 or more"],
+    ),
+    "groups": (["policy=hcattention", "policy.groups=5"], ["groups=5", "head size 16", "1, 2, 4, 8, 16"]),
+    "tau": (["policy=hcattention", "policy.tau=0"], ["tau=0", "(0, 1]"]),
+    "no codebooks": (["policy=hcattention", "policy.groups=2", "policy.centroids=3"], ["src.codebooks", "groups=2"]),
+    "a prompt policy that looks ahead": (
+        ["policy=scope_slide", "budget=40", "policy.prompt={_target_: policies.oracle.Oracle}"],
+        ["prompt=Oracle", "looks ahead"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_in_one_line(case: str, common: list[str], tmp_path: Path) -> None:
+    overrides, words = REFUSED[case]
+    done = call("run", *common, *overrides, f"output_root={tmp_path}")
+    (shown,) = done.err.splitlines()
+    assert done.code == 2 and shown.startswith("error: "), done.err
+    assert all(word in shown for word in words), shown
+
+
+@pytest.mark.parametrize("setting", ["groups=abc", "samples=0", "jobs=0", "centroids=1"])
+def test_codebook_settings_are_checked(setting: str, model_folder: Path) -> None:
+    done = call("codebooks", "model=local", f"model.path={model_folder}", setting)
+    (shown,) = done.err.splitlines()
+    assert done.code == 2 and shown.startswith(f"error: {setting}"), done.err
+
+
+def test_positions_of_a_context_are_relative_to_it(common: list[str], tmp_path: Path) -> None:
+    """`prompt_scope=context`: the policy chose among the context's tokens, the question came later."""
+    done = call("run", *common, "policy=streaming_llm", "budget=20", "prompt_scope=context", f"output_root={tmp_path}")
+    assert done.code == 0, done.err
+    for record in lines(done.folder):
+        assert record["context_tokens"] < record["prompt_tokens"]
+        assert record["decode_steps"] >= record["prompt_tokens"] - record["context_tokens"]
+    found: dict[str, Any] = json.loads((done.folder / "metrics.json").read_text())["retention"]
+    assert found["recent_mean"] == 16  # 20 entries, 4 of them sinks
