@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -32,6 +33,7 @@ from src.checks import check_settings
 from src.engine import Engine
 from src.environment import environment
 from src.jobs import Generation, Job, Request, Variant
+from src.memory import MemoryMeter, allocated_peak
 from src.models import LoadedModel, load_model
 from src.peers.compare import Peer, compare
 from src.plain import Plain
@@ -195,41 +197,47 @@ class Bench:
         return 2 * shape.layers * shape.kv_heads * shape.head_dim * self.loaded.dtype.itemsize
 
     def peak(self) -> list[Row]:
-        """Peak memory of a sweep of all budgeted cells at a quarter, half and all of their budgets, ascending.
+        """Peak memory of a sweep of all budgeted cells at a quarter, half and all of their budgets.
 
-        CUDA counts each sweep's own peak. On a CPU the peak of the process is known only, which never falls: what
-        is reported is its growth over that of a plain prefill, and the budgets ascend. Beside it what the sweep has
-        to hold: the cells' entries, and one layer's keys and values of the whole prompt.
+        What torch had allocated at once: CUDA's own count, on a CPU the profiler's. Beside it what the sweep has to
+        hold: the cells' entries, and one layer's keys and values of the whole prompt.
         """
-        tokens = self.cfg.prompt_tokens[-1]
-        request = self.request(self.prompt(tokens), self.cfg.new_tokens)
-        budgeted = [c.variant for c in self.cells if isinstance(c.budget, int)]
-        entry = self.entry_bytes()
-        meter = self.plain.memory
-        self.plain.prefill(request.ids)
-        before = meter.peaks.get("prefill", meter.process_peak())
+        tokens, new = self.cfg.prompt_tokens[-1], self.cfg.new_tokens
+        ids, entry = self.prompt(tokens), self.entry_bytes()
+        plain = self.allocated(lambda: self.plain.prefill(ids), self.plain.memory)
         rows = []
         for share in (0.25, 0.5, 1.0):
             variants = [
-                Variant(v.policy, max(round(share * v.budget), v.policy.least_budget()))
-                for v in budgeted
-                if isinstance(v.budget, int)
+                Variant(c.variant.policy, max(round(share * c.budget), c.variant.policy.least_budget()))
+                for c in self.cells
+                if isinstance(c.budget, int)
             ]
-            engine = Engine(self.model, self.cfg.max_lanes)
-            list(engine.run([Job(request, variants)]))
+            engine, job = Engine(self.model, self.cfg.max_lanes), Job(self.request(ids, new), variants)
+            entries = sum(v.cell(tokens).budget for v in variants)
             rows.append(
                 {
                     "part": "peak",
                     "what": f"{share:g} x budgets",
                     "cells": len(variants),
                     "prompt_tokens": tokens,
-                    "entries": (held := sum(v.cell(tokens).budget for v in variants)),
-                    "cache_bytes": held * entry,
+                    "cache_bytes": entries * entry,
                     "one_layer_bytes": tokens * entry // shape_of(self.loaded).layers,
-                    "peak_over_plain_prefill": max(engine.memory.peaks.values(), default=meter.process_peak()) - before,
+                    "plain_prefill_peak": plain,
+                    "sweep_peak": self.allocated(partial(self.drain, engine, job), engine.memory),
                 }
             )
         return rows
+
+    def drain(self, engine: Engine, job: Job) -> None:
+        list(engine.run([job]))
+
+    def allocated(self, call: Callable[[], object], memory: MemoryMeter) -> int:
+        """Peak bytes allocated during a call, the weights left out."""
+        if self.model.device.type != "cuda":
+            return allocated_peak(call)
+        before = torch.cuda.memory_allocated(self.model.device)
+        call()
+        return max(memory.peaks.values()) - before
 
     def interleave(self, runs: Mapping[str, Callable[[], float]]) -> dict[str, list[float]]:
         """Every run once as a warm-up, then all in turn, `repeats` times."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Callable
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 
 class MemoryMeter:
@@ -41,6 +43,23 @@ class MemoryMeter:
         """Hand cached blocks back after an out-of-memory error."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def allocated_peak(call: Callable[[], object]) -> int:
+    """Most bytes that torch had allocated at once in host memory during a call, above what it had before.
+
+    From the profiler's record of every allocation. Unlike the process's peak it does not depend on what the C
+    library's heap looks like, and it may fall from call to call.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        call()
+    now = peak = 0
+    results = record.profiler.kineto_results if record.profiler else None
+    changes = [e for e in results.events() if e.name() == "[memory]"] if results else []
+    for change in sorted(changes, key=lambda e: e.start_ns()):
+        now += change.nbytes()
+        peak = max(peak, now)
+    return peak
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -85,14 +85,14 @@ class PromptAttention:
         Args:
             row_gain: multiplies the logits of each query before its softmax, `(kv_heads, group, n)`.
             first_row: queries before it are not counted.
-            key: names these two, so that equal questions are answered once.
+            key: names the gain, so that equal questions are answered once.
 
         Returns:
             `(kv_heads, group, n)`, float32.
         """
-        if (row_gain is not None or first_row) and key is None:
-            raise ValueError("column_sums: row_gain and first_row need a key, or two questions would share one answer")
-        return self.once(("columns", key), lambda: self._column_sums(row_gain, first_row))
+        if row_gain is not None and key is None:
+            raise ValueError("column_sums: a row_gain needs a key, or two gains would share one answer")
+        return self.once(("columns", key, first_row), lambda: self._column_sums(row_gain, first_row))
 
     def value_norms(self, kind: str = "l2_squared") -> Tensor:
         """Norm of every value vector, `(kv_heads, n)`, float32. `kind`: l2_squared, l2 or l1."""

@@ -191,6 +191,8 @@ def test_statistics_are_worked_out_once() -> None:
     q, (k, v) = torch.randn(4, 40, DIM), layer(40)
     prompt = PromptAttention(q, k, v, 0.5, 0, 1)
     assert prompt.column_sums() is prompt.column_sums()
+    half = prompt.length // 2  # another question, another answer
+    assert not torch.equal(prompt.column_sums(first_row=half), prompt.column_sums())
     assert prompt.window_logits(8) is prompt.window_logits(8)
     assert prompt.window_logits(100) is prompt.window_logits(40)
     assert prompt.value_norms("l1") is prompt.value_norms("l1")
