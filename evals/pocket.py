@@ -14,8 +14,8 @@ of seed 0 (float32, CPU, Python 3.11.7; one standard error is 3 to 7), beside tw
     few_shot                    72        56              58      698
 
 What was tuned for that is the shape (how many distractors, passages, keys and digits), on other seeds; seed 0 was
-the check. With codes of five digits no small cache found any; with labels right behind the prompt few_shot had the
-same score under every policy, since the prefill had given the answer away.
+the check. With codes of five digits hardly any small cache found one; with labels right behind the prompt few_shot
+had the same score under every policy, since the prefill had given the answer away.
 
 Reproducible: a sample depends on seed, task and its own number, never on how many are asked for.
 Machines with the same Python version make the same samples. Another version's documentation differs in

@@ -12,10 +12,11 @@ def overlap_table(analysis: Analysis) -> Table | None:
     """Jaccard overlap of the positions kept after the prompt, each pair at equal budget; None below two policies."""
     kept = {id(row): file for row in analysis.budgeted if (file := _kept(row)) is not None}
     labels = [name for name in analysis.study.labels if any(r.run.label == name for r in _with(analysis, kept))]
-    rows = []
+    rows: list[tuple[Cell, ...]] = []
+    known: dict[frozenset[int], Cell] = {}  # both ways round it is the same
     for row in _with(analysis, kept):
         alike = {other.run.label: other for other in _with(analysis, kept) if other.run.budget == row.run.budget}
-        cells = [_shared(kept, row, alike.get(label)) for label in labels]
+        cells = [_shared(kept, known, row, alike.get(label)) for label in labels]
         rows.append((Cell(row.run.label), Cell(f"{row.run.budget:g}", row.run.budget), *cells))
     for file in kept.values():
         file.close()
@@ -45,11 +46,14 @@ def _kept(row: Row) -> Retention | None:
     return file
 
 
-def _shared(kept: dict[int, Retention], row: Row, other: Row | None) -> Cell:
+def _shared(kept: dict[int, Retention], known: dict[frozenset[int], Cell], row: Row, other: Row | None) -> Cell:
     if other is None or other is row:
         return Cell("–")
-    try:
-        share = 100 * overlap(kept[id(row)], kept[id(other)])["mean"]
-    except InputError:  # no sample in common
-        return Cell("–")
-    return Cell(number(share, 1), share)
+    pair = frozenset((id(row), id(other)))
+    if pair not in known:
+        try:
+            share = 100 * overlap(kept[id(row)], kept[id(other)])["mean"]
+            known[pair] = Cell(number(share, 1), share)
+        except InputError:  # no sample in common
+            known[pair] = Cell("–")
+    return known[pair]
