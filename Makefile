@@ -58,9 +58,8 @@ test-cluster: setup .venv-cluster/.done ## launches on a one-node Slurm (install
 
 notebooks: setup ## notebooks/*.ipynb brought in step with their text; executed copies in $(RESULTS)/notebooks
 	cd notebooks && ../$(BIN)/jupytext --quiet --update --to ipynb *.py
-	mkdir -p $(RESULTS)/notebooks
 	for name in $(basename $(notdir $(wildcard notebooks/*.py))); do \
-		$(BIN)/jupytext --quiet --to ipynb --execute --run-path notebooks \
+		mkdir -p $(RESULTS)/notebooks/$$name && FIGURES=$(abspath $(RESULTS))/notebooks/$$name $(BIN)/jupytext --quiet --to ipynb --execute --run-path notebooks \
 			--output $(RESULTS)/notebooks/$$name.ipynb notebooks/$$name.py || exit 1; done
 
 lock: setup      ## pin what is installed now

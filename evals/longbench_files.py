@@ -5,12 +5,11 @@ import os
 import re
 import shutil
 import tempfile
-import urllib.error
-import urllib.request
 import zipfile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from evals.downloads import cache_folder, download, one_line
 from evals.errors import DataError
 
 HUB_REPO = "zai-org/LongBench"  # formerly THUDM/LongBench
@@ -19,15 +18,7 @@ ARCHIVE = "data.zip"
 COMMIT = "2e00731f8d0bff23dc4325161044d0ed8af94c1e"
 CONFIG_URL = f"https://raw.githubusercontent.com/THUDM/LongBench/{COMMIT}/LongBench/config"
 PROMPTS, LENGTHS = "dataset2prompt.json", "dataset2maxlen.json"
-TIMEOUT_SECONDS = 30
 LARGEST_CONFIG = 1 << 20
-
-
-def cache_folder() -> Path:
-    """Downloads are kept here: $KVBENCH_CACHE, or a folder in the user's cache folder."""
-    own = os.environ.get("KVBENCH_CACHE")
-    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return (Path(own).expanduser() if own else base / "kv-eviction-bench") / "longbench"
 
 
 def row_folder(root: Path | None, hub_repo: str, revision: str) -> Path:
@@ -37,7 +28,7 @@ def row_folder(root: Path | None, hub_repo: str, revision: str) -> Path:
     archive = download_archive(hub_repo, revision)
     # The hub's cache keeps a file under its commit, so another revision is unpacked beside this one.
     name = re.sub(r"[^\w.-]", "_", f"{hub_repo}-{archive.parent.name}")
-    return unpack(archive, cache_folder() / name) / "data"
+    return unpack(archive, cache_folder("longbench") / name) / "data"
 
 
 def download_archive(hub_repo: str, revision: str) -> Path:
@@ -95,10 +86,14 @@ def config_files(root: Path | None, config_dir: str | None, url: str) -> tuple[d
     elif root is not None and (root / "config" / PROMPTS).is_file():
         folder = root / "config"
     else:
-        folder = cache_folder() / re.sub(r"[^\w.-]", "_", url)
+        folder = cache_folder("longbench") / re.sub(r"[^\w.-]", "_", url)
         for name in (PROMPTS, LENGTHS):
             if not (folder / name).is_file():
-                download_config(f"{url.rstrip('/')}/{name}", folder / name)
+                source, target = f"{url.rstrip('/')}/{name}", folder / name
+                advice = (
+                    f"Save {source} there yourself, or set tasks.config_dir to a folder with {PROMPTS} and {LENGTHS}"
+                )
+                download(source, target, "tasks.config_url", json.loads, LARGEST_CONFIG, advice)
     prompts = read_table(folder / PROMPTS, str)
     for task, text in prompts.items():
         if "{context}" not in text:
@@ -112,28 +107,6 @@ def config_files(root: Path | None, config_dir: str | None, url: str) -> tuple[d
         if length < 1:
             raise DataError(f"{folder / LENGTHS}: task {task} has length {length}; must be 1 or more")
     return prompts, lengths
-
-
-def download_config(url: str, target: Path) -> None:
-    """One small JSON file by http(s), written whole or not at all."""
-    advice = f"Save {url} there yourself, or set tasks.config_dir to a folder with {PROMPTS} and {LENGTHS}"
-    if not url.startswith(("https://", "http://")):
-        raise DataError(f"tasks.config_url={url}: must begin with https:// or http://")
-    try:
-        if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-            raise OSError("HF_HUB_OFFLINE is set")
-        with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as answer:
-            content = answer.read(LARGEST_CONFIG + 1)
-        json.loads(content)
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # urllib's errors are OSErrors; broken JSON and a cut answer are ValueErrors
-        raise DataError(f"{target}: missing and could not be fetched ({one_line(error)}). {advice}") from None
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.{os.getpid()}.part")
-    partial.write_bytes(content)
-    os.replace(partial, target)
 
 
 def read_table(path: Path, kind: type) -> dict[str, Any]:
@@ -150,7 +123,3 @@ def read_table(path: Path, kind: type) -> dict[str, Any]:
     if not isinstance(table, dict) or not all(type(value) is kind for value in table.values()):
         raise DataError(f"{path}: must be a JSON object of task names to {kind.__name__} values")
     return table
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,7 +1,8 @@
 """LongGenBench in the form SCOPE (arXiv 2412.13649) evaluates it: K questions, one long generation.
 
 Files: gsm8k_30, gsm8k_60, mmlu_30, mmlu_60, csqa_40, csqa_80 of github.com/Linking-ai/SCOPE, folder
-data/LongGenBench (MIT). They are never part of this project. The protocol is that repository's runner:
+data/LongGenBench (MIT), from a folder or downloaded once. They are never part of this project. The protocol is
+that repository's runner:
 
 - the prompt is its instruction inside "<<SYS>>" marks, a blank line, then the row's own text (worked
   examples and questions); no chat template. The runner means to add the subject to the MMLU instruction,
@@ -16,16 +17,22 @@ The context ends before "Following Question": what a policy with prompt_scope=co
 examples.
 """
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
+from evals.downloads import cache_folder, download
 from evals.errors import DataError
 from evals.longgen_metrics import KINDS
 from evals.rows import Broken, check_field, is_text, read_rows, some_texts
 from evals.tasks import Sample, Task
 
 SOURCE = "github.com/Linking-ai/SCOPE, folder data/LongGenBench"
+# A fixed commit (28 May 2025): prompts must not change under a comparison.
+COMMIT = "8cbae48042e34da630c7a044f535de7a991c2999"
+SOURCE_URL = f"https://raw.githubusercontent.com/Linking-ai/SCOPE/{COMMIT}/data/LongGenBench"
+LARGEST = 1 << 24
 LEFT_OUT = frozenset({21, 30, 31, 48})  # of the mmlu files, counted from 0
 QUESTIONS_BEGIN = "Following Question"
 
@@ -61,17 +68,37 @@ def load(
     data_dir: str | None,
     reference_rows: bool = True,
     broken: str = "refuse",
+    source_url: str = SOURCE_URL,
 ) -> list[Sample]:
-    """The samples of the named tasks from data_dir/<dataset>/<task>.jsonl."""
-    if not data_dir:
-        raise DataError(f"tasks.data_dir=null: LongGenBench needs a folder with gsm8k/, mmlu/ and csqa/ from {SOURCE}")
+    """The samples of the named tasks from data_dir/<dataset>/<task>.jsonl; without a folder, downloaded once."""
     samples = []
     for name in names:
-        path = Path(data_dir).expanduser() / name.split("_")[0] / f"{name}.jsonl"
-        if not path.is_file():
-            raise DataError(f"tasks.data_dir={data_dir}: {path} is missing; it comes from {SOURCE}")
+        path = file_of(name, data_dir, source_url)
         samples += read_task(TASKS[name], path, reference_rows, broken)[:limit]
     return samples
+
+
+def file_of(name: str, data_dir: str | None, source_url: str) -> Path:
+    """The task's file in the folder, else in the cache."""
+    part = Path(name.split("_")[0]) / f"{name}.jsonl"
+    if data_dir:
+        path = Path(data_dir).expanduser() / part
+        if not path.is_file():
+            raise DataError(f"tasks.data_dir={data_dir}: {path} is missing; it comes from {SOURCE}")
+        return path
+    path = cache_folder("longgenbench") / re.sub(r"[^\w.-]", "_", source_url) / part
+    if not path.is_file():
+        advice = f"Set tasks.data_dir to a folder with gsm8k/, mmlu/ and csqa/ from {SOURCE}"
+        url = f"{source_url.rstrip('/')}/{part.as_posix()}"
+        download(url, path, "tasks.source_url", check_rows, LARGEST, advice)
+    return path
+
+
+def check_rows(content: bytes) -> None:
+    """Rows one per line, not a page that says what went wrong."""
+    for line in content.splitlines():
+        if line.strip() and not isinstance(json.loads(line), dict):
+            raise ValueError("not JSON lines")
 
 
 def read_task(task: Task, path: Path, reference_rows: bool, broken: str = "refuse") -> list[Sample]:

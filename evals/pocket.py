@@ -82,7 +82,8 @@ def hide(rng: random.Random, text: list[str], sentences: list[str]) -> str:
 def needle(rng: random.Random) -> Row:
     text = passage(rng, rng.randrange(2000, 7500))
     (code,) = codes(rng, 1)
-    return {"context": hide(rng, text, [f"The secret code is {code}."]), "input": "", "answers": [code]}
+    sentence = f"The secret code is {code}."
+    return {"context": hide(rng, text, [sentence]), "input": "", "answers": [code], "needle": sentence}
 
 
 def needle_distractors(rng: random.Random) -> Row:
@@ -90,21 +91,21 @@ def needle_distractors(rng: random.Random) -> Row:
     text = passage(rng, rng.randrange(2000, 7000))
     names, numbers = rng.sample(NAMES, 4), codes(rng, 4)
     hidden = [f"The code of the {name} is {code}." for name, code in zip(names, numbers, strict=True)]
-    return {"context": hide(rng, text, hidden), "input": names[0], "answers": [numbers[0]]}
+    return {"context": hide(rng, text, hidden), "input": names[0], "answers": [numbers[0]], "needle": hidden[0]}
 
 
 def passage_retrieval(rng: random.Random) -> Row:
     """Two or three passages, each with a name and a number. The numbers are drawn, not counted."""
     count = rng.randrange(2, 4)
     names, numbers = rng.sample(NAMES, count), codes(rng, count)
-    texts = [
-        f"The passage about the {name} has the number {number}, and the {name} has no other number.\n"
-        + "\n".join(passage(rng, rng.randrange(800, 1700)))
+    heads = [
+        f"The passage about the {name} has the number {number}, and the {name} has no other number."
         for name, number in zip(names, numbers, strict=True)
     ]
+    texts = [f"{head}\n" + "\n".join(passage(rng, rng.randrange(800, 1700))) for head in heads]
     wanted = rng.randrange(count)
     answer = f"Paragraph {numbers[wanted]}"  # the form that the official metric reads the number from
-    return {"context": "\n\n".join(texts), "input": names[wanted], "answers": [answer]}
+    return {"context": "\n\n".join(texts), "input": names[wanted], "answers": [answer], "needle": heads[wanted]}
 
 
 def kv_lookup(rng: random.Random) -> Row:
@@ -117,7 +118,12 @@ def kv_lookup(rng: random.Random) -> Row:
         for name, code in zip(names, numbers, strict=True)
     ]
     wanted = rng.randrange(count)
-    return {"context": "\n".join(lines), "input": names[wanted], "answers": [numbers[wanted]]}
+    return {
+        "context": "\n".join(lines),
+        "input": names[wanted],
+        "answers": [numbers[wanted]],
+        "needle": lines[wanted],
+    }
 
 
 def few_shot(rng: random.Random) -> Row:
@@ -180,7 +186,9 @@ def load(names: list[str], limit: int | None, seed: int) -> list[Sample]:
     samples = []
     for name in names:
         rows = [make_row(name, index, seed) for index in range(limit or DEFAULT_SAMPLES)]
-        samples += [to_sample(TASKS[name], PROMPTS[name], row) for row in as_dataset(rows)]
+        needles = [{"needle": row.pop("needle", "")} for row in rows]
+        pairs = zip(as_dataset(rows), needles, strict=True)
+        samples += [to_sample(TASKS[name], PROMPTS[name], row, needle) for row, needle in pairs]
     return samples
 
 

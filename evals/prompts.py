@@ -19,6 +19,7 @@ class Prompt:
     context_tokens: int
     truncated: bool
     chat: bool = False  # was the chat template applied?
+    needle: tuple[int, int] | None = None  # ids start .. stop - 1 of the sentence that holds the answer, if known
 
 
 def encode(
@@ -45,7 +46,8 @@ def encode(
         text, boundary = wrap_in_chat(text, boundary, tokenizer, template_kwargs or {})
     # A chat template writes its own special tokens; adding the tokenizer's would double the BOS.
     ids, context_tokens = tokenize(text, boundary, tokenizer, add_special_tokens=not wrap)
-    return Prompt(ids=ids, context_tokens=context_tokens, truncated=truncated, chat=wrap)
+    needle = find(sample.extra.get("needle", ""), text, tokenizer, add_special_tokens=not wrap)
+    return Prompt(ids=ids, context_tokens=context_tokens, truncated=truncated, chat=wrap, needle=needle)
 
 
 def truncate(sample: Sample, tokenizer: Any, limit: int) -> tuple[str, int, bool]:
@@ -102,3 +104,17 @@ def tokenize(text: str, boundary: int, tokenizer: Any, add_special_tokens: bool)
     if boundary >= len(text):
         return ids, len(ids)
     return ids, next((i for i, (_, end) in enumerate(offsets) if end > boundary), len(ids))
+
+
+def find(piece: str, text: str, tokenizer: Any, add_special_tokens: bool) -> tuple[int, int] | None:
+    """Which ids of the text hold any character of its one `piece`, as start and stop.
+
+    None: there is no such piece, or the tokenizer does not tell where its tokens stand.
+    """
+    if not piece or text.count(piece) != 1 or not tokenizer.is_fast:
+        return None
+    begin = text.index(piece)
+    end = begin + len(piece)
+    encoding = tokenizer(text, return_offsets_mapping=True, add_special_tokens=add_special_tokens, verbose=False)
+    inside = [i for i, (a, b) in enumerate(encoding["offset_mapping"]) if a < end and b > begin]
+    return (inside[0], inside[-1] + 1) if inside else None

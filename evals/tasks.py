@@ -82,7 +82,7 @@ def load_samples(
         settings = known(suite, options, ("config_dir", "config_url", "hub_repo", "hub_revision"))
         samples = longbench.load(chosen, limit, data_dir, broken=broken, **settings)
     else:
-        settings = known(suite, options, ("reference_rows",))
+        settings = known(suite, options, ("reference_rows", "source_url"))
         samples = longgenbench.load(chosen, limit, data_dir, broken=broken, **settings)
     return [with_prompt(sample, broken) for sample in samples]
 

@@ -55,6 +55,7 @@ for axes, frame, what in zip(panels, (kl, score), ("KL(full || policy), nats", "
     axes.axvline(0, color="0.0", linestyle=":")
     axes.set_xlabel(f"difference to ahakv: {what}")
 figure.suptitle(f"budget {tables.budgets[0]:g}, 95 % intervals, paired; {tables.facts(n)}", fontsize=9)
+lab.save(figure, "differences")
 
 # %%
 columns = ["n", "score", "score_low", "score_high", "kl", "nll", "top1"]
@@ -91,3 +92,4 @@ axes.set_xscale("log", base=2)
 axes.set(xlabel="budget k (entries)", ylabel="entropy of a row (nats)")
 axes.set_title("no model: 32 Gaussian queries over n = 4,096 keys")
 axes.legend(frameon=False)
+lab.save(figure, "entropy")

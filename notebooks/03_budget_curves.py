@@ -53,6 +53,7 @@ if len(full):
     panels[0].text(tables.budgets[0], full["score"].iloc[0], "full cache", va="bottom", fontsize=7)
 panels[0].set_title(f"{tables.facts()}; grey band: 95 % of ahakv and snapkv", fontsize=8)
 figure.legend(*panels[1].get_legend_handles_labels(), loc="outside right upper", fontsize=7, handlelength=3.5)
+lab.save(figure, "curves")
 
 # %% [markdown]
 # ## What it costs: bytes of keys and values
@@ -67,6 +68,7 @@ axes.xaxis.set_minor_formatter("{x:g}")
 axes.set(xlabel="keys and values after the prompt (MiB)", ylabel="KL(full || policy) (nats)")
 axes.set_title(tables.facts())
 figure.legend(loc="outside right upper", fontsize=7, handlelength=3.5)
+lab.save(figure, "bytes")
 if len(full):
     print(f"full cache: {full['kv_bytes'].iloc[0] / 2**20:.1f} MiB per prompt")
 

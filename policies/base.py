@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from src.cache import LayerCache
+from src.position import log_slope, octave_means
 
 if TYPE_CHECKING:
     from src.cache import DecodeStep
@@ -29,7 +30,7 @@ Foresight = Literal["generated", "reference"]  # which answer: the full cache's 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a policy may know about the model (`Policy.bind`)."""
+    """What a policy may know about the model (`Policy.bind`). `weights`: a digest that tells checkpoints apart."""
 
     name: str
     layers: int
@@ -37,6 +38,7 @@ class ModelShape:
     head_dim: int
     dtype: torch.dtype
     device: torch.device
+    weights: str = ""
 
 
 @dataclass
@@ -178,6 +180,17 @@ class Policy(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} does not evict while decoding")
 
+    def attended(self, state: State) -> Tensor | None:
+        """Share of the query heads that attended to each slot at the last step, `(lanes, kv_heads, slots + 1)`.
+
+        None: all to everything that is cached. For the record of kept positions over time only.
+        """
+        return None
+
+    def prompt_measures(self, prompt: PromptAttention, budget: int) -> dict[str, Tensor]:
+        """Figures to record about one layer's prompt, small tensors; a record lists them by layer."""
+        return {}
+
     def measures(self, states: list[State], lane: int) -> dict[str, Any]:
         """Numbers (JSON) to record about a finished lane, from its states, one per layer."""
         return {}
@@ -233,8 +246,20 @@ class ScorePolicy(Policy):
             return keep_all(prompt)
         recent = self.recent(budget)
         older = prompt.length - recent
-        top = self.score(prompt, budget)[:, :older].topk(budget - recent, dim=-1).indices.sort(dim=-1).values
+        top = self._older_scores(prompt, budget).topk(budget - recent, dim=-1).indices.sort(dim=-1).values
         return torch.cat([top, keep_all(prompt)[:, older:]], dim=-1)
+
+    def prompt_measures(self, prompt: PromptAttention, budget: int) -> dict[str, Tensor]:
+        """How the score depends on the position (`src.position`), over the tokens that compete; mean over KV heads."""
+        if prompt.length <= budget:
+            return {}
+        scores = self._older_scores(prompt, budget)
+        return {"score_slope": log_slope(scores).mean(), "score_by_octave": octave_means(scores).mean(dim=0)}
+
+    def _older_scores(self, prompt: PromptAttention, budget: int) -> Tensor:
+        """`score` without the most recent tokens, `(kv_heads, n - recent)`; looked at twice, computed once."""
+        older = prompt.length - self.recent(budget)
+        return prompt.once(("score", self, budget), lambda: self.score(prompt, budget)[:, :older])
 
     def protect_recent(self, step: DecodeStep) -> Tensor:
         """True for the slots of the last `recent` tokens, the incoming one counted, `(lanes, kv_heads, slots)`."""

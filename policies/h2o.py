@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from policies.base import ScorePolicy, State, lowest_slot
+from src.position import log_slope
 
 if TYPE_CHECKING:
     from src.cache import DecodeStep
@@ -51,6 +52,17 @@ class H2O(ScorePolicy):
     def score(self, prompt: PromptAttention, budget: int) -> Tensor:
         sums = prompt.column_sums().mean(dim=1)
         return sums if self.normalise == "none" else sums / self._divisor(sums)
+
+    def prompt_measures(self, prompt: PromptAttention, budget: int) -> dict[str, Tensor]:
+        """Beside the measured slope, the one that E[S_j] = H_n - H_(j-1) would give, divided alike."""
+        found = super().prompt_measures(prompt, budget)
+        if found:
+            n = prompt.length
+            expected = (1 / torch.arange(n, 0, -1, device=prompt.keys.device, dtype=torch.float64)).cumsum(0).flip(0)
+            if self.normalise != "none":
+                expected = expected / self._divisor(expected)
+            found["score_slope_theory"] = log_slope(expected[: n - self.recent(budget)])
+        return found
 
     def start(self, prompt: PromptAttention, kept: Tensor, budget: int) -> State:
         sums = prompt.column_sums().mean(dim=1)

@@ -99,11 +99,16 @@ class HCAttention(Policy):
         return SplitCache.split(plain, centroids, kind, self.offload_values)
 
     def start(self, prompt: PromptAttention, kept: Tensor, budget: int) -> State:
-        """`picks`: how often each token was chosen; `chosen`: tokens chosen at each step, mean over query heads."""
+        """`picks`: how often each token was chosen, `last`: by what share of the query heads at the last step;
+        `chosen`: tokens chosen at each step, mean over query heads.
+        """
         if self.tau == 1:
             return State()
         return State(
-            slots={"picks": torch.zeros(kept.shape, dtype=torch.int32, device=kept.device)},
+            slots={
+                "picks": torch.zeros(kept.shape, dtype=torch.int32, device=kept.device),
+                "last": torch.zeros(kept.shape, device=kept.device),
+            },
             fixed={
                 "chosen": torch.zeros(0, device=kept.device),
                 "length": torch.tensor(prompt.length, device=kept.device),
@@ -118,8 +123,12 @@ class HCAttention(Policy):
         if self.renormalise:
             step.weights /= step.weights.sum(-1, keepdim=True)
         state.slots["picks"] += chosen.sum(dim=2, dtype=torch.int32)
+        state.slots["last"] = chosen.float().mean(dim=2)
         counts = chosen.sum(-1, dtype=torch.float32).mean(dim=(1, 2))
         state.fixed["chosen"] = torch.cat([state.fixed["chosen"], counts[:, None]], dim=1)
+
+    def attended(self, state: State) -> Tensor | None:
+        return state.slots.get("last")
 
     def measures(self, states: list[State], lane: int) -> dict[str, Any]:
         """Tokens chosen (mean over query heads), their share of all cached ones, and where in the prompt they stood."""

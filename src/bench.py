@@ -28,6 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
+from src.bench_decode import SPARE, decode_rows
 from src.binding import bind, shape_of
 from src.checks import check_settings
 from src.engine import Engine
@@ -55,7 +56,6 @@ class Bench:
         )
         self.cells = bind(cells, self.loaded)
         self.plain = Plain(self.model)
-        self.peaks: dict[tuple[str, int], dict[str, int]] = {}  # of every decoding run, by phase
 
     def prompt(self, tokens: int, number: int = 0) -> list[int]:
         """English prose that every Python ships, `tokens` of it, from a place that depends on `number`."""
@@ -102,39 +102,14 @@ class Bench:
 
     def decode(self) -> list[Row]:
         """Decode tokens/s of one lane and of plain transformers; how they change from the first prompt length on."""
+        new = self.cfg.new_tokens
+        requests = [self.request(self.prompt(tokens), new + SPARE) for tokens in self.cfg.prompt_tokens]
         rows: list[Row] = []
         for cell in (None, *one_budget(self.cells)):
-            lengths = self.cfg.prompt_tokens
-            seconds = self.interleave({str(n): partial(self.decode_once, cell, n) for n in lengths})
-            first = seconds[str(lengths[0])]
-            for tokens in lengths:
-                taken = seconds[str(tokens)]
-                rows.append(
-                    {
-                        "part": "decode",
-                        "what": shown_name(cell),
-                        "budget": cell.budget if cell else None,
-                        "prompt_tokens": tokens,
-                        "tokens_per_second": 1 / median(taken),
-                        "ratio_to_shortest": median([a / b for a, b in zip(first, taken, strict=True)]),
-                        "runs": len(taken),
-                        **{f"peak_{phase}_bytes": peak for phase, peak in self.peaks[shown_name(cell), tokens].items()},
-                    }
-                )
+            name, variant = shown_name(cell), cell.variant if cell else None
+            shared = {"part": "decode", "what": name, "budget": cell.budget if cell else None}
+            rows += [shared | row for row in decode_rows(self.model, variant, requests, new, self.cfg.repeats, name)]
         return rows
-
-    def decode_once(self, cell: CellConfig | None, tokens: int) -> float:
-        """Seconds per token of a cell that has the batch to itself, or of plain transformers; notes CUDA's peaks."""
-        ids, new = self.prompt(tokens), self.cfg.new_tokens
-        if cell is None:
-            plain = Plain(self.model)
-            taken, memory = plain.decode(ids, new), plain.memory
-        else:
-            engine = Engine(self.model, 1)
-            (result,) = engine.run([Job(self.request(ids, new), [cell.variant])])
-            taken, memory = result.decode_seconds / (new - 1), engine.memory
-        self.peaks[shown_name(cell), tokens] = memory.peaks
-        return taken
 
     def grid(self) -> list[Row]:
         """All cells of the grid from shared prefills, against each cell alone with one lane, prompt by prompt."""

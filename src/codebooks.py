@@ -82,7 +82,7 @@ def read_codebooks(file: Path, changed: int) -> tuple[Tensor, dict[str, str], st
 def describe(model: ModelShape, groups: int, centroids: int) -> dict[str, str]:
     """What must agree between a file and a run."""
     shape = {"model": model.name, "layers": model.layers, "kv_heads": model.kv_heads, "head_dim": model.head_dim}
-    return {k: str(v) for k, v in {**shape, "groups": groups, "centroids": centroids}.items()}
+    return {k: str(v) for k, v in {**shape, "weights": model.weights, "groups": groups, "centroids": centroids}.items()}
 
 
 def save_codebooks(file: Path, tensor: Tensor, model: ModelShape, **more: Any) -> None:

@@ -7,7 +7,7 @@ into one lane per variant and decodes all lanes of a wave together, greedily. It
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -96,17 +96,19 @@ class Engine:
             InputError: an empty prompt, a model that cannot be served, logits that are not numbers.
         """
         wave: list[Job] = []
+        most = self.max_lanes
         for job in jobs:
-            lanes = sum(len(j.variants) * (2 if j.request.reference else 1) for j in (*wave, job))
-            if wave and lanes > self.max_lanes:
-                yield from self._wave(wave, stop)
+            if wave and lanes_of(*wave, job) > most:
+                fitted = yield from self._wave(wave, stop)
+                if not fitted and len(wave) > 1:  # the next of this width would fail too
+                    most = lanes_of(*wave) // 2
                 wave = []
             wave.append(job)
         if wave:
             yield from self._wave(wave, stop)
 
-    def _wave(self, jobs: list[Job], stop: Callable[[], bool]) -> Iterator[Generation]:
-        """One wave; when memory runs out, what is unfinished is tried again in halves."""
+    def _wave(self, jobs: list[Job], stop: Callable[[], bool]) -> Generator[Generation, None, bool]:
+        """One wave; when memory runs out, what is unfinished is tried again in halves. Returns whether it fitted."""
         finished: set[tuple[int, Variant]] = set()
         lanes: list[Lane] = []
         try:
@@ -114,7 +116,7 @@ class Engine:
             for result in self._decode(lanes):
                 finished.add((id(result.request), result.variant))
                 yield result
-            return
+            return True
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -127,10 +129,12 @@ class Engine:
             yield from self._wave(left[: len(left) // 2], stop)
             yield from self._wave(left[len(left) // 2 :], stop)
         elif left and len(left[0].variants) > 1:
-            for variant in left[0].variants:
-                yield from self._wave([Job(left[0].request, [variant])], stop)
+            request, variants = left[0].request, left[0].variants
+            yield from self._wave([Job(request, variants[: len(variants) // 2])], stop)
+            yield from self._wave([Job(request, variants[len(variants) // 2 :])], stop)
         elif left:
             yield Generation(left[0].request, left[0].variants[0], error=f"out of memory: {reason}")
+        return False
 
     def _prefill(self, job: Job) -> list[Lane]:
         """The prompt's forward pass, cut for every variant right after each layer's attention."""
@@ -244,6 +248,11 @@ class Engine:
 
 
 REFERENCE = Variant(Full(), None)  # the full-cache lane that exists only to be compared with
+
+
+def lanes_of(*jobs: Job) -> int:
+    """Lanes that these jobs take together; a reference answer is read by lanes of its own."""
+    return sum(len(job.variants) * (2 if job.request.reference else 1) for job in jobs)
 
 
 def fidelity_lanes(lanes: list[Lane], forks: list[Fork], logits: Tensor, question: list[int]) -> list[Lane]:

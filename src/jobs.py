@@ -136,7 +136,7 @@ class Generation:
         decode_seconds: the lane's share of the batch's time (step time / lanes in the step, summed).
         decode_steps: tokens read one by one, those of the question with `prompt_scope=context` included.
         lanes: lanes in the batch at its start.
-        extra: what the policy itself reports about the lane.
+        extra: what the policy itself reports about the prompt and the lane.
         error: why there is no result; everything else is then empty.
     """
 
@@ -164,6 +164,7 @@ class Generation:
         self.kept_prompt = [cache.positions[0].to("cpu", copy=True) for cache in fork.caches]
         self.kv_bytes, self.bookkeeping_bytes = fork.nbytes(), fork.bookkeeping_nbytes()
         self.kv_bytes_by_device, self.kv_bytes_full = fork.nbytes_by_device(), fork.full_nbytes
+        self.extra = fork.measures()
 
     def describe_end(self, batch: LaneBatch, row: int) -> None:
         """Record what is cached when the lane has finished."""
@@ -171,4 +172,4 @@ class Generation:
         self.kept_end = [cache.positions[lane, :, : cache.used[lane]].to("cpu", copy=True) for cache in caches]
         held = sum(cache.entry_bytes * cache.most_used[lane] for cache in caches)
         self.kv_bytes_peak = max(self.kv_bytes, held)
-        self.extra = batch.measures(row)
+        self.extra |= batch.measures(row)

@@ -1,7 +1,8 @@
 """What is cached as the output grows: output position against kept position, for SCOPE against a unified policy.
 
 `kept_over_time=8` in a run or sweep notes the cached positions every 8 output tokens and writes, per sample, a small
-`kept_over_time/<task>-<id>.npz` into the run's folder. Several runs of one sample beside each other:
+`kept_over_time/<task>-<id>.npz` into the run's folder. Of policies that keep everything and choose anew at each step
+it notes what was attended to (`Policy.attended`). A report shows one sample; several runs of any sample:
 
     python -m src.kept_over_time OUT.png RUN_FOLDER RUN_FOLDER ... [--sample gsm8k_30-0]
 """
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -26,10 +27,13 @@ from src.engine import Engine, Lane
 from src.errors import InputError
 from src.jobs import Generation
 from src.lanes import LaneBatch
+from src.reporting.data import Study
+from src.reporting.figures import new_figure, plain_text
 from src.reporting.runs import check_comparable, label_runs, load_run, show_budget
 
 FOLDER = "kept_over_time"
 BINS = 256  # at most, over prompt and output
+COLUMNS = 4  # panels beside each other
 
 
 @dataclass
@@ -48,12 +52,15 @@ class Trace:
     steps: list[int] = field(default_factory=list)
     shares: list[np.ndarray] = field(default_factory=list)
 
-    def note(self, step: int, kept: Sequence[Tensor]) -> None:
-        """`kept`: per layer, original positions `(kv_heads, k)`."""
-        bins = torch.stack([torch.bincount((layer // self.width).flatten(), minlength=BINS) for layer in kept])
+    def note(self, step: int, kept: Sequence[Tensor], attended: Sequence[Tensor] | None = None) -> None:
+        """`kept`: per layer, original positions `(kv_heads, k)`; `attended`: what share of each counts, all without."""
         heads = sum(layer.shape[0] for layer in kept)
+        total = torch.zeros(BINS, dtype=torch.float64)
+        for i, layer in enumerate(kept):
+            share = None if attended is None else attended[i].flatten().double()
+            total += torch.bincount((layer // self.width).flatten(), share, minlength=BINS).cpu()
         self.steps.append(step)
-        self.shares.append((bins.sum(0) / (heads * self.width)).cpu().numpy())
+        self.shares.append((total / (heads * self.width)).numpy())
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(exist_ok=True)
@@ -88,7 +95,11 @@ class TracingEngine(Engine):
         for row, lane in enumerate(lanes):
             if lane.targets is None:
                 caches, at = batch.locate(row)
-                self._of(lane.result).note(batch.t, [c.positions[at, :, : c.used[at]] for c in caches])
+                kept = [c.positions[at, :, : c.used[at]] for c in caches]
+                chosen = batch.attended(row)
+                if chosen is not None:
+                    chosen = [share[:, : layer.shape[1]] for share, layer in zip(chosen, kept, strict=True)]
+                self._of(lane.result).note(batch.t, kept, chosen)
 
     def trace(self, result: Generation) -> Trace:
         """A finished lane's, once."""
@@ -107,29 +118,57 @@ class TracingEngine(Engine):
         return found[1]
 
 
-def trace_path(run: Path, record: Mapping[str, Any]) -> Path:
-    return run / FOLDER / (re.sub(r"[^\w.-]", "_", f"{record['task']}-{record['id']}") + ".npz")
+def trace_path(run: Path, task: str, sample: str) -> Path:
+    return run / FOLDER / (re.sub(r"[^\w.-]", "_", f"{task}-{sample}") + ".npz")
 
 
-def plot(traces: Mapping[str, Trace], path: Path, title: str) -> None:
+def draw(traces: Mapping[str, Trace], title: str) -> Figure:
     """A panel per run: tokens read across, positions of the text upwards, the line is the end of the prompt."""
-    figure = Figure((3.2 * len(traces) + 1.2, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, len(traces), sharey=True, squeeze=False)
+    columns = min(len(traces), COLUMNS)
+    rows = -(-len(traces) // columns)
+    figure = new_figure(2.6 * columns + 1.2, 2.5 * rows + 0.9)
+    panels = figure.subplots(rows, columns, sharey=True, sharex=True, squeeze=False)
     image = None
-    for axis, (name, trace) in zip(axes[0], traces.items(), strict=True):
+    for axis in panels.flat[len(traces) :]:
+        axis.set_visible(False)
+    longest = max(trace.steps[-1] for trace in traces.values())
+    for axis, (name, trace) in zip(panels.flat, traces.items(), strict=False):
         shares = np.stack(trace.shares).T
-        last = trace.prompt_tokens + trace.steps[-1]
         edges = np.arange(shares.shape[0] + 1) * trace.width
         steps = np.append(trace.steps, 2 * trace.steps[-1] - trace.steps[-2] if len(trace.steps) > 1 else 1)
-        image = axis.pcolormesh(steps, edges, shares, vmin=0, vmax=1, cmap="cividis", rasterized=True)
+        image = axis.pcolormesh(
+            steps, edges, 100 * shares, norm=PowerNorm(0.5, vmin=0, vmax=100), cmap="cividis", rasterized=True
+        )
         axis.axhline(trace.prompt_tokens, color="white", linewidth=0.8)
-        axis.set(title=name, xlabel="output tokens read", ylim=(0, last), xlim=(0, steps[-1]))
-    axes[0, 0].set_ylabel("position in the text")
+        axis.set_title(plain_text(name), fontsize=8)
+        axis.set(ylim=(0, trace.prompt_tokens + longest), xlim=(0, max(longest, 1)))
+        axis.tick_params(labelsize=8)
+    figure.supxlabel("output tokens read", fontsize=9)
+    figure.supylabel("position in the text (tokens)", fontsize=9)
     if image is not None:
-        figure.colorbar(image, ax=axes[0].tolist(), label="share kept (layers and KV heads)")
-    figure.suptitle(title)
-    figure.savefig(path, dpi=150)
+        bar = figure.colorbar(image, ax=panels.ravel().tolist(), ticks=[0, 5, 25, 50, 100])
+        bar.set_label("positions kept (%), mean over layers and KV heads", fontsize=8)
+        bar.ax.tick_params(labelsize=8)
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    return figure
+
+
+def common_samples(folders: Sequence[Path]) -> list[str]:
+    """Names TASK-ID of the samples that all these runs have a trace of."""
+    there = [{path.stem for path in (folder / FOLDER).glob("*.npz")} for folder in folders]
+    return sorted(set.intersection(*there)) if there else []
+
+
+def of_study(study: Study) -> Figure | None:
+    """For a report: the first sample that all runs with traces have, at the smallest budget."""
+    smallest = study.budgets[:1]
+    runs = [run for run in study.runs if run.budget in smallest or not run.budget]
+    runs = [run for run in runs if (run.folder / FOLDER).is_dir() and not run.full]
+    samples = common_samples([run.folder for run in runs])
+    if not samples:
+        return None
+    traces = {run.cell: Trace.load(run.folder / FOLDER / f"{samples[0]}.npz") for run in runs}
+    return draw(traces, f"Positions kept over time: sample {samples[0]}")
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:
@@ -150,8 +189,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--sample", help="TASK-ID; default: the first that all runs have")
     wanted = parser.parse_args(arguments)
     try:
-        there = [{p.stem for p in (run / FOLDER).glob("*.npz")} for run in wanted.runs]
-        common = sorted(set.intersection(*there))
+        common = common_samples(wanted.runs)
         if not common or (wanted.sample or common[0]) not in common:
             found = ", ".join(common) or "none (were they made with kept_over_time=N?)"
             raise InputError(f"--sample {wanted.sample}: samples that all runs have: {found}")
@@ -160,7 +198,7 @@ def main(arguments: Sequence[str]) -> int:
         traces = {
             name: Trace.load(run / FOLDER / f"{sample}.npz") for name, run in zip(names, wanted.runs, strict=True)
         }
-        plot(traces, wanted.out, f"What is cached as the output grows: {sample}")
+        draw(traces, f"Positions kept over time: sample {sample}").savefig(wanted.out, dpi=150)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

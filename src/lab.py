@@ -6,6 +6,7 @@ are any, else from the committed `results/reference/<study>`; `Tables.source` sa
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,11 @@ import numpy as np
 import pandas as pd
 from cycler import cycler
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from src.errors import InputError
-from src.reference import DECILES, TABLES, collect
+from src.reference import TABLES, collect
+from src.reference_retention import DECILES
 from src.reporting.runs import show_budget
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -28,12 +31,13 @@ MARKERS = "osD^vPX*<>"
 
 @dataclass(frozen=True)
 class Tables:
-    """A study's three tables, each with a `label` column (policy and options), and where they came from."""
+    """A study's tables, each with a `label` column (policy and options), and where they came from."""
 
     study: str
     source: str
     cells: pd.DataFrame
     retention: pd.DataFrame
+    octaves: pd.DataFrame
     differences: pd.DataFrame
 
     @property
@@ -121,7 +125,8 @@ def at_budget(tables: Tables, budget: float | None = None) -> Tables:
     def here(frame: pd.DataFrame) -> pd.DataFrame:
         return frame[(frame["budget"] == budget) | frame["budget"].isna()]
 
-    return Tables(tables.study, tables.source, here(tables.cells), here(tables.retention), here(tables.differences))
+    frames = {name: here(getattr(tables, name)) for name in TABLES}
+    return Tables(tables.study, tables.source, **frames)
 
 
 def deciles(tables: Tables, label: str, part: str = "heavy") -> pd.DataFrame | None:
@@ -167,6 +172,13 @@ def greyscale() -> None:
             "savefig.dpi": 150,
         }
     )
+
+
+def save(figure: Figure, name: str) -> None:
+    """Also as NAME.png in the folder that the environment variable FIGURES names (`make notebooks` sets it)."""
+    folder = os.environ.get("FIGURES")
+    if folder:
+        figure.savefig(Path(folder) / f"{name}.png")
 
 
 def dots(axes: Axes, names: Sequence[str], frame: pd.DataFrame, value: str, low: str, high: str) -> None:

@@ -40,6 +40,7 @@ class Fork:
         self.caches: list[LayerCache] = []
         self.states: list[State] = []
         self.full_nbytes = 0  # of the whole prompt's keys and values, as the model computes them
+        self._measured: list[dict[str, Tensor]] = []  # what the policy has to say about each layer's prompt
 
     def pool_key(self) -> object:
         """Lanes with equal keys are attended in one call: the same limit, or about the same size and growing."""
@@ -53,7 +54,14 @@ class Fork:
         kept = policy.keep_prompt(prompt, budget)
         self.caches.append(policy.make_cache(prompt, kept, policy.limit(budget, kept.shape[-1])))
         self.states.append(policy.start(prompt, kept, budget))
+        self._measured.append(policy.prompt_measures(prompt, budget))
         self.full_nbytes += prompt.keys.nbytes + prompt.values.nbytes
+
+    def measures(self) -> dict[str, Any]:
+        """`Policy.prompt_measures` as lists over layers, four digits; None where a figure is not a number."""
+        names = self._measured[0]
+        stacked = {name: torch.stack([layer[name] for layer in self._measured]).tolist() for name in names}
+        return {name: four_digits(values) for name, values in stacked.items()}
 
     def nbytes(self) -> int:
         """Exact bytes of keys and values."""
@@ -70,6 +78,13 @@ class Fork:
         """Bytes kept beside keys and values: positions and the policy's state."""
         positions = sum(cache.positions.untyped_storage().nbytes() for cache in self.caches)
         return positions + sum(state.nbytes() for state in self.states)
+
+
+def four_digits(value: Any) -> Any:
+    """Nested lists of numbers, rounded to four significant digits."""
+    if isinstance(value, list):
+        return [four_digits(item) for item in value]
+    return float(f"{value:.4g}") if math.isfinite(value) else None
 
 
 class Prefill:
@@ -266,14 +281,25 @@ class LaneBatch:
 
     def measures(self, row: int) -> dict[str, Any]:
         """What a row's policy has to say about it."""
-        pool = next(p for p in self.pools if p.row <= row < p.row + p.lanes)
-        member = next(m for m in pool.members if m.start <= row - pool.row < m.stop)
-        return member.cell.policy.measures(member.states, row - pool.row - member.start)
+        member, lane = self._member(row)
+        return member.cell.policy.measures(member.states, lane)
+
+    def attended(self, row: int) -> list[Tensor] | None:
+        """Per layer, the share of query heads that attended to each cached token of a row at the last step."""
+        member, lane = self._member(row)
+        shares = [member.cell.policy.attended(state) for state in member.states]
+        return [share[lane, :, :-1] for share in shares if share is not None] or None
 
     def locate(self, row: int) -> tuple[list[LayerCache], int]:
         """The caches that hold a row of the batch, and the lane's place in them."""
         pool = next(p for p in self.pools if p.row <= row < p.row + p.lanes)
         return pool.caches, row - pool.row
+
+    def _member(self, row: int) -> tuple[Member, int]:
+        """The member that a row of the batch belongs to, and the lane's place in its states."""
+        pool = next(p for p in self.pools if p.row <= row < p.row + p.lanes)
+        member = next(m for m in pool.members if m.start <= row - pool.row < m.stop)
+        return member, row - pool.row - member.start
 
     def select(self, keep: Sequence[int]) -> None:
         """Keep only these rows of the batch (ascending); finished lanes leave."""

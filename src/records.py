@@ -20,7 +20,7 @@ from src import retention_store as store
 from src.errors import InputError
 from src.retention_plots import plot_retention
 from src.retention_store import Kept, Key
-from src.retention_summary import profile, summarise
+from src.retention_summary import needle, profile, score_bias, summarise
 from src.run_files import (
     PREDICTIONS,
     Table,
@@ -118,9 +118,10 @@ class RunFolder:
         peaks: Mapping[str, float | None] | None = None,
         recent: int | None = None,
         plot: bool = True,
+        missing: int = 0,
     ) -> dict[str, Any]:
         """Write retention.npz, retention.png and (last) metrics.json over all current records; return the
-        metrics.
+        metrics. `missing`: samples that were asked for and are not there, because the run was interrupted.
         """
         with self._turn():
             if self._shared:
@@ -136,8 +137,13 @@ class RunFolder:
                 peaks=self._peaks_so_far(peaks or {}),
                 retention=measured,
             )
+            metrics["missing"] = missing
             write_whole(self.path / METRICS, pretty(metrics))
             return metrics
+
+    def __contains__(self, sample: tuple[str, str]) -> bool:
+        """Is there a record of this task and id?"""
+        return sample in self._table.last
 
     def close(self) -> None:
         """Let other processes have the folder."""
@@ -271,7 +277,8 @@ class RunFolder:
             part = self.path / "retention.part.png"
             plot_retention(data, part, title)
             part.replace(picture)
-        return summarise(data)
+        spans = {key_of(r)[:2]: (int(r["needle"][0]), int(r["needle"][1])) for r in self.records if r.get("needle")}
+        return summarise(data) | needle(self._finished, spans) | score_bias(self.records)
 
     def _read_kept(self, key: Key) -> store.KeptSample:
         if key in self._journal.frames:

@@ -9,7 +9,11 @@ A DIR is a run's folder or any folder above some. Written to --out, one line per
     retention.csv    model, policy, options, budget, part ("all" kept entries or the "heavy" ones, without the
                      recent window that all heads kept), measure (decile_01 .. decile_10: share of the kept
                      entries in each tenth of the prompt; mean_position; first_to_last: decile_01 / decile_10;
-                     drift: share of the kept entries that were gone at the end), n, value, low, high
+                     drift: share of the kept entries that were gone at the end; needle: share of the sentence that
+                     holds the answer, needle_end: of it at the end; score_slope: of ln(score) against ln(position)
+                     and score_slope_theory: the same for exchangeable logits), n, value, low, high
+    octaves.csv      model, policy, options, budget, first (position, from 1, of the octave 1, 2-3, 4-7, ...), n, value,
+                     low, high: the policy's score there relative to its mean, means over layers and KV heads
     differences.csv  model, policy, options, budget, against, measure (score, kl, nll), n, difference, low, high,
                      p, p_holm: paired on the samples, at equal budget
     README.md        the command that made the runs, the one that made these files, and what else one must know
@@ -24,34 +28,31 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 import pandas as pd
-from scipy.stats import norm, t
 
-from src import retention
 from src.errors import InputError
+from src.reference_retention import octave_table, retention_table
 from src.reporting.data import Study, make_study
-from src.reporting.runs import Run
-from src.retention_store import KeptSample, load_retention
+from src.reporting.runs import cell_columns
 from src.statistics import RESAMPLES, Array, bootstrap_intervals, holm, sign_flip_pvalues
 
 MEASURES = ("score", "nll", "kl", "top1", "output_error")
 SIZES = ("kv_bytes", "kv_bytes_peak", "kv_bytes_full", "bookkeeping_bytes")
 SOMETIMES = ("kv_bytes_device", "codebook_bytes", "chosen_share")
 COMPARED = ("score", "kl", "nll")
-TABLES = ("cells", "retention", "differences")
-DECILES = tuple(f"decile_{i:02}" for i in range(1, 11))
+TABLES = ("cells", "retention", "octaves", "differences")
 
 
 def collect(
     folders: Sequence[Path], baseline: str | None = None, min_prompt: int = 0, resamples: int = RESAMPLES
 ) -> tuple[dict[str, pd.DataFrame], Study]:
-    """The three tables of the finished runs below these folders.
+    """The tables of the finished runs below these folders.
 
     Args:
         baseline: what `differences` are against, at equal budget; None: the full cache, or nothing without it.
@@ -64,6 +65,7 @@ def collect(
     tables = {
         "cells": cells(study, resamples),
         "retention": retention_table(study, resamples),
+        "octaves": octave_table(study, resamples),
         "differences": differences(study, baseline, resamples),
     }
     return tables, study
@@ -84,13 +86,6 @@ def long_enough(study: Study, min_prompt: int) -> Study:
     return replace(study, runs=runs, keys=keys, tasks=tasks, scores=study.scores[rows], task_of=task_of)
 
 
-def head(study: Study, run: Run) -> dict[str, Any]:
-    """The columns that say which cell a row is about."""
-    options = run.label.removeprefix(run.policy).strip()
-    budget = None if run.full else run.budget
-    return {"model": study.model, "policy": run.policy, "options": options, "budget": budget}
-
-
 def cells(study: Study, resamples: int = RESAMPLES) -> pd.DataFrame:
     """Scores, fidelity and sizes of every run, over all tasks and for each."""
     values = {name: measured(study, name) for name in (*MEASURES, *SIZES, *SOMETIMES, "prompt_tokens")}
@@ -103,7 +98,7 @@ def cells(study: Study, resamples: int = RESAMPLES) -> pd.DataFrame:
         for column, run in enumerate(study.runs):
             score = intervals["score"][column]
             own = [record for key, record in run.records.items() if task is None or key[0] == study.tasks[task]]
-            line = head(study, run) | {
+            line = cell_columns(run) | {
                 "task": "all" if task is None else study.tasks[task],
                 "n": score.n,
                 "failed": sum(bool(record.get("error")) for record in own),
@@ -119,86 +114,12 @@ def cells(study: Study, resamples: int = RESAMPLES) -> pd.DataFrame:
 
 def measured(study: Study, name: str) -> Array:
     """One number of every record, `(samples, runs)`, NaN where there is none."""
-    if name == "output_error":  # a list over layers
-        found = np.full(study.scores.shape, np.nan)
-        for column, run in enumerate(study.runs):
-            for row, key in enumerate(study.keys):
-                layers = ((run.records.get(key) or {}).get("fidelity") or {}).get(name)
-                if layers:
-                    found[row, column] = np.mean(layers)
-        return found
     return study.values(name, "fidelity" if name in MEASURES and name != "score" else None)
 
 
 def mean(values: Array) -> float:
     present = values[~np.isnan(values)]
     return float(present.mean()) if present.size else float("nan")
-
-
-def retention_table(study: Study, resamples: int = RESAMPLES) -> pd.DataFrame:
-    """Where the kept entries of each run lie."""
-    wanted, found = set(study.keys), []
-    for run in study.runs:
-        if run.full or not (run.folder / "retention.npz").exists():
-            continue
-        file = load_retention(run.folder)
-        samples = [file.sample(key) for key in file.keys if key in wanted]
-        for part in ("all", "heavy"):
-            figures = np.array([kept_figures(sample, part) for sample in samples]).reshape(len(samples), 11)
-            for name, n, value, low, high in with_intervals(figures, resamples):
-                line = {"part": part, "measure": name, "n": n, "value": value, "low": low, "high": high}
-                found.append(head(study, run) | line)
-        lost = np.array([drifted(sample) for sample in samples]).reshape(-1, 1)
-        for interval in bootstrap_intervals(lost, np.zeros(len(lost), dtype=int), resamples=resamples):
-            line = {"part": "all", "measure": "drift", "n": interval.n, "value": interval.estimate}
-            found.append(head(study, run) | line | {"low": interval.low, "high": interval.high})
-        file.close()
-    columns = ["model", "policy", "options", "budget", "part", "measure", "n", "value", "low", "high"]
-    return pd.DataFrame(found, columns=columns)
-
-
-def kept_figures(sample: KeptSample, part: str) -> list[float]:
-    """One sample's ten decile shares and its mean position, means over layers and heads."""
-    kept = sample.kept()
-    window = retention.recent_window(kept) if part == "heavy" else 0
-    deciles = retention.decile_shares(kept, window).reshape(-1, 10)
-    if np.isnan(deciles).all():  # nothing was dropped, or nothing but the recent window kept
-        return [float("nan")] * 11
-    return [*np.nanmean(deciles, axis=0), float(np.nanmean(retention.mean_position(kept, window)))]
-
-
-def drifted(sample: KeptSample) -> float:
-    """Of the prompt's kept entries, the share that was gone when decoding ended; mean over layers and heads."""
-    return float(np.nanmean(retention.drift(sample.kept(), sample.kept("end"))))
-
-
-def with_intervals(figures: Array, resamples: int) -> Iterator[tuple[str, int, float, float, float]]:
-    """Measure, n, value, low, high for `(samples, 11)` figures."""
-    figures = figures[~np.isnan(figures).any(axis=1)]
-    if not len(figures):
-        return
-    together = np.zeros(len(figures), dtype=int)  # one group: every sample weighs the same, as in metrics.json
-    intervals = bootstrap_intervals(figures, together, resamples=resamples)
-    for name, interval in zip((*DECILES, "mean_position"), intervals, strict=True):
-        yield name, interval.n, interval.estimate, interval.low, interval.high
-    yield ("first_to_last", len(figures), *ratio_interval(figures[:, 0], figures[:, 9], resamples))
-
-
-def ratio_interval(top: Array, bottom: Array, resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float, float]:
-    """Mean of `top` / mean of `bottom` with its bootstrap interval over samples, corrected as in src/statistics.py.
-
-    No interval below five samples: resampling so few says nothing about others.
-    """
-    n = len(top)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        value = float(top.sum() / bottom.sum())
-        if n < 5:
-            return value, float("nan"), float("nan")
-        picks = np.random.default_rng(seed).integers(0, n, (resamples, n - 1))
-        draws = top[picks].sum(axis=1) / bottom[picks].sum(axis=1)
-    tail = norm.cdf(t.ppf(0.025, n - 1))
-    low, high = np.quantile(draws, [tail, 1 - tail], method="closest_observation")
-    return value, float(low), float(high)
 
 
 def differences(study: Study, baseline: str | None, resamples: int = RESAMPLES) -> pd.DataFrame:
@@ -218,9 +139,8 @@ def differences(study: Study, baseline: str | None, resamples: int = RESAMPLES) 
         pvalues = sign_flip_pvalues(gaps, study.task_of, resamples=resamples).tolist()
         for (column, other), gap, p, corrected in zip(pairs, intervals, pvalues, holm(pvalues), strict=True):
             line = {"against": study.runs[other].label, "measure": name, "n": gap.n, "difference": gap.estimate}
-            found.append(
-                head(study, study.runs[column]) | line | {"low": gap.low, "high": gap.high, "p": p, "p_holm": corrected}
-            )
+            line |= {"low": gap.low, "high": gap.high, "p": p, "p_holm": corrected}
+            found.append(cell_columns(study.runs[column]) | line)
     columns = ["model", "policy", "options", "budget", "against", "measure", "n", "difference", "low", "high"]
     return pd.DataFrame(found, columns=[*columns, "p", "p_holm"])
 

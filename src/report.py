@@ -18,11 +18,13 @@ from typing import Any, NoReturn
 from rich.console import Console
 
 from src.errors import InputError
+from src.kept_over_time import of_study
 from src.reporting.analysis import Analysis, Difference, analyse
 from src.reporting.data import make_study
 from src.reporting.figures import inline_svg, pdf, png
 from src.reporting.formats import Table, comma_separated, latex, markdown, terminal
 from src.reporting.html import page
+from src.reporting.kept import retention_table
 from src.reporting.overlap import overlap_table
 from src.reporting.plots import make_figures
 from src.reporting.samples import contrasts, retention_maps
@@ -47,10 +49,11 @@ def write_report(
     study = make_study(folders, baseline)
     analysis = analyse(study, resamples, seed)
     tables = make_tables(analysis)
-    shared = overlap_table(analysis)
-    tables += [shared] if shared else []
+    tables += [table for table in (retention_table(analysis), overlap_table(analysis)) if table]
     maps, warnings = retention_maps(study)
     figures = make_figures(analysis, maps)
+    over_time = of_study(study)
+    figures |= {"kept_over_time": over_time} if over_time else {}
     out = out or Path(os.path.commonpath([run.folder.parent for run in study.runs])) / "report"
     html = page(
         analysis,

@@ -160,18 +160,19 @@ def overlap(a: Retention, b: Retention, moment: str = "prompt", exclude_recent: 
 
 
 def span_retention(samples: Iterable[KeptSample], spans: dict[tuple[str, str], tuple[int, int]]) -> dict[str, Any]:
-    """Share of each sample's span (task, id -> start, stop in tokens) kept: at the prompt's end and at the
-    end.
+    """Share of each sample's span (task, id -> start, stop in tokens) kept: after the prompt and at the end.
 
     Every sample, layer and head weighs the same; `whole_in_some_head` is the share of samples of which at
-    least one head kept the entire span.
+    least one head kept the entire span. Samples stored as counts (retention=bins) cannot say and are left out.
     """
-    rows = []
+    rows: list[tuple[Floats, float, bool]] = []
+    by_task: dict[str, list[float]] = {}
     for sample in samples:
         span = spans.get(sample.key[:2])
-        if span is not None:
+        if span is not None and not sample.binned:
             first, last = (share_of_span_kept(sample.kept(moment), *span) for moment in ("prompt", "end"))
             rows.append((first, float(last.mean()), bool((first == 1).any())))
+            by_task.setdefault(sample.task, []).append(float(first.mean()))
     if not rows:
         return {"samples": 0}
     after = np.stack([row[0] for row in rows])
@@ -181,6 +182,7 @@ def span_retention(samples: Iterable[KeptSample], spans: dict[tuple[str, str], t
         "at_end": nan_mean([row[1] for row in rows]),
         "whole_in_some_head": nan_mean([row[2] for row in rows]),
         "per_layer": [nan_mean(after[:, layer]) for layer in range(after.shape[1])],
+        "per_task": {task: nan_mean(shares) for task, shares in sorted(by_task.items())},
     }
 
 

@@ -68,6 +68,8 @@ def to_record(one: Prepared, result: Generation, model: LoadedModel, cfg: DictCo
     record["truncated"] = one.prompt.truncated
     if result.request.context_tokens is not None:
         record["context_tokens"] = result.request.context_tokens  # what was cut; kept positions are of these
+    if one.prompt.needle and one.prompt.needle[1] <= record.get("context_tokens", len(one.ids)):
+        record["needle"] = list(one.prompt.needle)  # positions start .. stop - 1 of the sentence that was asked for
     if result.error:
         return {**record, **failed(result.error)}
     prediction = str(model.tokenizer.decode(result.tokens, skip_special_tokens=True))

@@ -76,12 +76,13 @@ class Session:
         self.engine = TracingEngine(self.model.model, lanes, every) if every else Engine(self.model.model, lanes)
         self.interrupted = False
         self.failed = 0
-        self.cells: list[Cell] = []
+        folders = []
         with ExitStack() as opened:  # if the last cell's folder is refused, the others' are free again
             for cell in bind(cells, self.model):
-                self.cells.append(self._open(cell, tracking))
-                opened.callback(self.cells[-1].folder.close)
+                folders.append((cell, self._open(cell)))
+                opened.callback(folders[-1][1].close)
             opened.pop_all()
+        self.cells = [Cell(cell, folder, self._track(cell, folder, tracking)) for cell, folder in folders]
 
     def run(self) -> int:
         """All samples that any cell lacks; returns the exit code: 0, 1 (samples failed), 130 (interrupted).
@@ -145,7 +146,7 @@ class Session:
                         self._keep(cell, malformed_record(sample), None, progress)
                     continue
                 one = prepare(sample, self.model)
-                missing = [c for c in self.cells if not c.folder.done(one.key, self.cfg.fidelity)]
+                missing = [c for c in self.cells if not self._done(c, one)]
                 for cell in self.cells:
                     if cell not in missing:
                         progress.skip(cell.config)
@@ -159,8 +160,14 @@ class Session:
             kept = None if result.error else Kept(result.kept_prompt, result.kept_end)
             if isinstance(self.engine, TracingEngine) and not result.error:
                 trace = self.engine.trace(result)
-                trace.save(trace_path(by_variant[id(result.variant)].folder.path, record))
+                trace.save(trace_path(by_variant[id(result.variant)].folder.path, record["task"], record["id"]))
             self._keep(by_variant[id(result.variant)], record, kept, progress)
+
+    def _done(self, cell: Cell, one: Prepared) -> bool:
+        """Finished, with everything that this command asks for."""
+        if self.cfg.kept_over_time and not trace_path(cell.folder.path, one.sample.task.name, one.sample.id).exists():
+            return False
+        return cell.folder.done(one.key, self.cfg.fidelity)
 
     def _keep(self, cell: Cell, record: dict[str, Any], kept: Kept | None, progress: Progress) -> None:
         """Onto the disk, to the tracker, onto the screen."""
@@ -170,13 +177,13 @@ class Session:
         progress.done(cell.config, record)
         self.failed += bool(record["error"])
 
-    def _open(self, cell: CellConfig, tracking: Tracking) -> Cell:
+    def _open(self, cell: CellConfig) -> RunFolder:
         settings = self._settings(cell)
         path = run_path(self.cfg.output_root, self.model.name, cell.label, cell.budget_name, settings)
         grid = ("policies", "budgets", "max_lanes")  # a cell's config does not depend on the grid it was part of
         config = {k: v for k, v in self.cfg.items() if k not in grid}
         config |= {"policy": cell.settings, "budget": cell.budget}
-        folder = RunFolder(
+        return RunFolder(
             path,
             settings,
             OmegaConf.to_yaml(OmegaConf.create(config), resolve=True),
@@ -185,9 +192,11 @@ class Session:
             overwrite=self.cfg.overwrite,
             shared=distributed(),
         )
-        flat = {"settings": settings, "tasks": OmegaConf.to_container(self.cfg.tasks, resolve=True)}
+
+    def _track(self, cell: CellConfig, folder: RunFolder, tracking: Tracking) -> Tracker:
+        config = {"settings": self._settings(cell), "tasks": OmegaConf.to_container(self.cfg.tasks, resolve=True)}
         name = f"{self.model.name} {cell.label} {cell.budget_name}"
-        return Cell(cell, folder, tracking.start(path, flat, name, done=len(folder.records)))
+        return tracking.start(folder.path, config, name, done=len(folder.records))
 
     def _settings(self, cell: CellConfig) -> dict[str, Any]:
         """Every setting that changes a sample's outcome; `tasks` and `limit` only choose samples."""
@@ -240,6 +249,7 @@ class Session:
             comparability=self._comparability(),
             task_metrics={s.task.name: s.task.metric for s in self.samples},
             peaks=peaks,
+            missing=sum(not s.error and (s.task.name, s.id) not in cell.folder for s in self.samples),
         )
         cell.tracker.finish(metrics, cell.folder.records)
 

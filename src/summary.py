@@ -110,10 +110,16 @@ def _fidelity_over_tasks(tasks: Mapping[str, Any]) -> dict[str, Any] | None:
     return {**means, "n": sum(m["n"] for m in measured)}
 
 
-def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """Mean of every numeric field; lists (such as errors per layer) are left to the records."""
-    names = sorted({k for row in rows for k, v in row.items() if isinstance(v, int | float)})
-    return {name: _rounded(mean(row.get(name) for row in rows), 6) for name in names}
+def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean of every numeric field, and of lists (errors by layer) entry by entry."""
+    found: dict[str, Any] = {}
+    for name in sorted({name for row in rows for name in row}):
+        values = [row[name] for row in rows if row.get(name) is not None]
+        if values and all(isinstance(value, list) for value in values):
+            found[name] = [_rounded(mean(entries), 6) for entries in zip(*values, strict=True)]
+        elif any(isinstance(value, int | float) for value in values):
+            found[name] = _rounded(mean(value for value in values if isinstance(value, int | float)), 6)
+    return found
 
 
 def _memory(rows: Sequence[Record], peaks: Mapping[str, float | None]) -> dict[str, Any]:

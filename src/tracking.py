@@ -233,9 +233,11 @@ def summary(metrics: Mapping[str, Any]) -> dict[str, float]:
     for task, figures in metrics.get("tasks", {}).items():
         for name in ("score", "stderr", "n"):
             flat[f"{name}/{task}"] = figures.get(name)
+        for name, value in (figures.get("extra_scores") or {}).items():
+            flat[f"extra_score/{task}/{name}"] = value
     for part in ("memory", "speed", "fidelity"):
         for name, value in (metrics.get(part) or {}).items():
-            flat[f"{part}/{name}"] = value
+            flat |= _flat(f"{part}/{name}", value)
     kept = metrics.get("retention") or {}
     flat |= _flat("retention", {k: v for k, v in kept.items() if k != "histogram" and not k.endswith("per_head")})
     return {name: value for name, value in flat.items() if isinstance(value, int | float)}

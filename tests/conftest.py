@@ -1,11 +1,14 @@
 """Shared fixtures: the real benchmark rows that live beside a checkout at the maintainers' place."""
 
+import http.server
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from file_server import FileServer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -54,3 +57,14 @@ def base(model_folder: Path, tmp_path: Path) -> list[str]:
         "wandb.mode=disabled",
         f"output_root={tmp_path / 'results'}",
     ]
+
+
+@pytest.fixture
+def hub() -> Iterator[tuple[str, type[FileServer]]]:
+    """Its address, and the class that holds its files."""
+    handler = type("OneServer", (FileServer,), {"files": {}, "log": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}", handler
+    server.shutdown()
+    server.server_close()

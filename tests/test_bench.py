@@ -6,6 +6,12 @@ from typing import Any
 
 import pytest
 from cli import call
+from tiny import tiny, tokens
+
+from policies.h2o import H2O
+from src.bench_decode import in_turn, lane_steps
+from src.engine import Engine
+from src.jobs import Job, Request, Variant
 
 ENTRY = 2 * 2 * 2 * 16 * 4  # keys and values, layers, KV heads, head size, float32
 
@@ -52,6 +58,31 @@ def test_decode_is_compared_over_prompt_lengths(found: dict[str, Any]) -> None:
         (name, n) for name in ("plain", "full", "h2o", "ahakv") for n in (80, 160)
     ]
     assert all(r["ratio_to_shortest"] == 1 for r in part if r["prompt_tokens"] == 80)
+    assert all(r["tokens"] == 10 and r["tokens_per_second"] > 0 for r in part)  # 5 in each of 2 turns
+
+
+def test_tokens_are_taken_in_turn() -> None:
+    order: list[str] = []
+    seconds = in_turn([lambda: order.append("a"), lambda: order.append("b")], 3, warm_up=1)
+    assert "".join(order) == "baabbaab"  # each leads every other time
+    assert [len(taken) for taken in seconds] == [3, 3]
+
+
+def test_a_stepped_lane_generates_what_the_engine_does() -> None:
+    model, ids = tiny("llama"), tokens(60)[0].tolist()
+    request = Request("x", ids, frozenset(), 12)
+    (whole,) = Engine(model, 1).run([Job(request, [Variant(H2O(), 20)])])
+    taken: list[list[int]] = []
+
+    class Watched(Engine):
+        def _step(self, batch: Any, lanes: Any, *rest: Any) -> None:
+            super()._step(batch, lanes, *rest)
+            taken.append(list(lanes[0].result.tokens))
+
+    step = lane_steps(Watched(model, 1), Job(request, [Variant(H2O(), 20)]))
+    for _ in range(8):
+        step()
+    assert taken[-1] == whole.tokens[:9]
 
 
 def test_grid_against_its_cells_one_by_one(found: dict[str, Any]) -> None:

@@ -71,7 +71,7 @@ def test_stored_with_what_they_are_for(tmp_path: Path) -> None:
     with safe_open(path, "pt") as file:
         assert file.metadata() == {
             **{"model": "tiny", "layers": "2", "kv_heads": "2", "head_dim": "16"},
-            **{"groups": "4", "centroids": "8", "dtype": "float32"},
+            **{"weights": "", "groups": "4", "centroids": "8", "dtype": "float32"},
         }
     found = load_codebooks(None, SHAPE, 4, 8)
     assert found.centroids.shape == (2, 2, 4, 8, 4)
@@ -89,6 +89,7 @@ def test_stored_with_what_they_are_for(tmp_path: Path) -> None:
         ({"head_dim": 32}, "head_dim=32, this run has head_dim=16"),
         ({"layers": 5}, "layers=5, this run has layers=2"),
         ({"kv_heads": 1}, "kv_heads=1, this run has kv_heads=2"),
+        ({"weights": "other"}, "weights=other, this run has weights="),
     ],
 )
 def test_of_another_model(tmp_path: Path, other: dict[str, Any], names: str) -> None:
@@ -138,3 +139,14 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     for setting, value in (("groups", 5), ("centroids", 301), ("centroids", 1)):
         with pytest.raises(InputError, match=f"{setting}={value}.*valid: "):
             codebooks.make(OmegaConf.merge(small, {setting: value}))  # type: ignore[arg-type]
+
+
+def test_another_checkpoint_of_the_same_name_and_shape_is_another_model() -> None:
+    first, second = tiny_loaded(), tiny_loaded()
+    assert shape_of(first) == shape_of(second)
+    with torch.no_grad():
+        next(second.model.parameters())[0, 0] += 1
+    assert shape_of(first).weights != shape_of(second).weights
+    in_float32 = shape_of(second).weights
+    second.model.to(torch.bfloat16)
+    assert shape_of(second).weights == in_float32

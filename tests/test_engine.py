@@ -3,7 +3,7 @@
 import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import naive
 import pytest
@@ -299,6 +299,27 @@ def test_out_of_memory_while_decoding_halves_the_wave_and_repeats_nothing_that_i
     for generation in results:
         (alone,) = run(model, generation.request, Variant(H2O(), 12))
         assert (generation.error, generation.tokens) == (None, alone.tokens)
+
+
+@dataclass(frozen=True)
+class HungryTogether(H2O):
+    """Runs out of memory while decoding more than two lanes, and counts how often."""
+
+    failures: ClassVar[list[int]] = []
+
+    def observe(self, step: Any, state: Any) -> None:
+        if step.logits.shape[0] > 2:
+            self.failures.append(step.logits.shape[0])
+            raise torch.OutOfMemoryError("out of memory")
+        super().observe(step, state)
+
+
+def test_waves_stay_narrow_after_memory_ran_out(model: Any) -> None:
+    HungryTogether.failures.clear()
+    jobs = [Job(ask(str(i), 20, 4, seed=i), [Variant(HungryTogether(), 12)]) for i in range(12)]
+    results = list(Engine(model, 4).run(jobs))
+    assert HungryTogether.failures == [4]  # not once for every wave of four
+    assert [g.lanes for g in results] == [2] * 12 and not any(g.error for g in results)
 
 
 @pytest.mark.parametrize("policy", [Hungry(longest=30), HungryLater()], ids=["prefill", "decoding"])

@@ -51,7 +51,7 @@ def test_shares_are_of_what_was_cached(traces: dict[str, tuple[Any, Trace]]) -> 
 
 
 def test_stored(tmp_path: Path, traces: dict[str, tuple[Any, Trace]]) -> None:
-    path = trace_path(tmp_path, {"task": "gsm8k_30", "id": "a/0"})
+    path = trace_path(tmp_path, "gsm8k_30", "a/0")
     assert path.name == "gsm8k_30-a_0.npz"
     traces["h2o"][1].save(path)
     again = Trace.load(path)

@@ -1,20 +1,19 @@
 """LongBench's rows and prompts: read as the official runner reads them, and bad files."""
 
-import http.server
 import inspect
 import io
 import json
 import os
 import subprocess
 import sys
-import threading
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from file_server import FileServer
 
 from evals import longbench, longgenbench, pocket
 from evals.errors import DataError
@@ -176,7 +175,7 @@ def test_bad_files_and_settings(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     (folder / "config/dataset2prompt.json").write_text("{")
     assert "dataset2prompt.json: broken JSON" in message()
     (folder / "config/dataset2prompt.json").unlink()
-    assert "tasks.config_url=ftp://x" in message(config_url="ftp://x")
+    assert "tasks.config_url: ftp://x" in message(config_url="ftp://x")
     with pytest.raises(DataError, match="suite=nonsense: unknown; valid: pocket"):
         load_samples("nonsense", None, None, None, 0)
     with pytest.raises(DataError, match=r"tasks.data_dir=/no/where: no such folder"):
@@ -229,45 +228,6 @@ def test_broken_and_empty_archives(tmp_path: Path) -> None:
     assert not (tmp_path / "target").exists()
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """Stands in for the hub and for the GitHub file server."""
-
-    files: dict[str, bytes]
-    log: list[str]
-
-    def do_HEAD(self) -> None:
-        self.answer(body=False)
-
-    def do_GET(self) -> None:
-        if not self.path.startswith("/api/"):  # what the client asks about itself
-            self.log.append(self.path)
-        self.answer(body=True)
-
-    def answer(self, body: bool) -> None:
-        content = self.files.get(self.path)
-        self.send_response(404 if content is None else 200)
-        content = content or b""
-        self.send_header("Content-Length", str(len(content)))
-        self.send_header("ETag", '"0123456789abcdef"')
-        self.send_header("X-Repo-Commit", "f" * 40)
-        self.end_headers()
-        if body:
-            self.wfile.write(content)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def hub() -> Iterator[tuple[str, type[Hub]]]:
-    handler = type("OneHub", (Hub,), {"files": {}, "log": []})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}", handler
-    server.shutdown()
-    server.server_close()
-
-
 LOAD = """
 import sys
 from evals.errors import DataError
@@ -291,7 +251,7 @@ def run_load(config_url: str, home: Path, **environment: str) -> str:
     return done.stdout.strip().splitlines()[-1]
 
 
-def test_download_once_from_a_stand_in_for_the_hub(hub: tuple[str, type[Hub]], tmp_path: Path) -> None:
+def test_download_once_from_a_stand_in_for_the_hub(hub: tuple[str, type[FileServer]], tmp_path: Path) -> None:
     address, handler = hub
     rows = json.dumps(row())
     handler.files |= {
@@ -309,7 +269,7 @@ def test_download_once_from_a_stand_in_for_the_hub(hub: tuple[str, type[Hub]], t
     assert run_load(f"{address}/config", tmp_path, HF_HUB_OFFLINE="1") == expected
 
 
-def test_missing_data_without_network_names_path_and_command(hub: tuple[str, type[Hub]], tmp_path: Path) -> None:
+def test_missing_data_without_network_names_path_and_command(hub: tuple[str, type[FileServer]], tmp_path: Path) -> None:
     address, handler = hub
     line = run_load(f"{address}/config", tmp_path, HF_ENDPOINT=address, HF_HUB_OFFLINE="1")
     assert line.startswith("DataError: LongBench rows: data.zip of zai-org/LongBench could not be fetched")

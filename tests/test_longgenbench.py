@@ -1,15 +1,20 @@
 """LongGenBench: prompts as the reference runner forms them, its generation settings, and bad files."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from file_server import FileServer
 
 from evals.errors import DataError
-from evals.longgenbench import INSTRUCTION
+from evals.longgenbench import INSTRUCTION, SOURCE_URL
 from evals.tasks import Sample, load_samples, task_names
+
+ROOT = Path(__file__).parents[1]
 
 
 def load(data_dir: Path | str | None, names: list[str] | None = None, **options: Any) -> list[Sample]:
@@ -104,9 +109,36 @@ def test_broken_rows_name_file_and_line(line: object, message: str, tmp_path: Pa
 
 
 def test_missing_files_say_where_they_come_from(tmp_path: Path) -> None:
-    for place in (None, tmp_path, tmp_path / "nowhere"):
+    for place in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(DataError, match=r"github\.com/Linking-ai/SCOPE"):
             load(place)
     write(tmp_path, "csqa_40", "")
     with pytest.raises(DataError, match="holds no rows"):
         load(tmp_path, ["csqa_40"])
+
+
+def test_downloaded_once_without_a_folder(
+    hub: tuple[str, type[FileServer]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, handler = hub
+    monkeypatch.setenv("KVBENCH_CACHE", str(tmp_path))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    handler.files["/LongGenBench/csqa/csqa_40.jsonl"] = json.dumps(row()).encode()
+    handler.files["/LongGenBench/gsm8k/gsm8k_30.jsonl"] = b"<html>rate limit</html>"
+    for _ in range(2):
+        (sample,) = load(None, ["csqa_40"], source_url=f"{address}/LongGenBench/")
+        assert sample.answers == ("A", "B")
+    assert handler.log == ["/LongGenBench/csqa/csqa_40.jsonl"]
+    for name in ("gsm8k_30", "mmlu_30"):  # an error page, and no such file
+        with pytest.raises(DataError, match=r"could not be fetched .*tasks\.data_dir .*github\.com/Linking-ai/SCOPE"):
+            load(None, [name], source_url=f"{address}/LongGenBench")
+    with pytest.raises(DataError, match=r"tasks\.source_url: ftp://x/csqa/csqa_40\.jsonl must begin with https://"):
+        load(None, ["csqa_40"], source_url="ftp://x")
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["csqa_40.jsonl"]
+
+
+def test_the_address_is_the_repository_at_one_commit() -> None:
+    conf = yaml.safe_load((ROOT / "conf/tasks/longgenbench.yaml").read_text())
+    assert conf["source_url"] == SOURCE_URL
+    assert re.search(r"/Linking-ai/SCOPE/[0-9a-f]{40}/data/LongGenBench$", SOURCE_URL)

@@ -22,6 +22,7 @@ from tiny import tiny, tiny_tokenizer
 from src import lab, reference
 from src.errors import InputError
 from src.records import Kept
+from src.reference_retention import DECILES
 from src.retention_store import kept_sample
 from src.settings import composing, register_tasks
 from src.statistics import bootstrap_intervals
@@ -96,9 +97,11 @@ def test_bias_notebook(root: Path) -> None:
     said = printed(done)
     assert "bias_study: tiny, 15 cells from run folders in" in said
     assert "no sink: slope of S_j on ln(n/j) = 1.0" in said or "= 0.9" in said
-    for claim in ("prefers the beginning", "AhaKV reduces the bias", "AhaKV scores higher than h2o", "than snapkv"):
+    claims = ("prefers the beginning", "takes away H2O's", "preference for either end", "where the answer will look")
+    for claim in (*claims, "AhaKV scores higher than h2o", "than snapkv"):
         assert claim in said
-    assert figures(done) == 3
+    assert "h2o: ln(score) falls with ln(position) at a slope of " in said and "exchangeable logits -" in said
+    assert figures(done) == 4
     assert warned(done) == ""
 
 
@@ -161,12 +164,23 @@ def test_tables_agree_with_metrics_json(root: Path) -> None:
             if run.full or recorded is None:
                 assert mine.empty
                 continue
-            assert mine[list(reference.DECILES)].to_numpy() == pytest.approx(recorded["decile_shares"], abs=2e-5)
+            assert mine[list(DECILES)].to_numpy() == pytest.approx(recorded["decile_shares"], abs=2e-5)
             assert mine["mean_position"] == pytest.approx(recorded["mean_position"], abs=2e-5)
             if part == "all":
                 assert mine["drift"] == pytest.approx(recorded["drift"], abs=2e-5)
+                assert mine["needle"] == pytest.approx(recorded["needle"]["after_prompt"], abs=2e-5)
+                assert mine["needle_end"] == pytest.approx(recorded["needle"]["at_end"], abs=2e-5)
+                assert ("score_slope" in mine) == ("score_slope" in recorded)
+                if "score_slope" in recorded:
+                    assert mine["score_slope"] == pytest.approx(recorded["score_slope"]["mean"], abs=2e-5)
             if recorded["first_to_last_decile"] is not None:
                 assert mine["first_to_last"] == pytest.approx(recorded["first_to_last_decile"], rel=1e-3)
+    octaves = tables["octaves"]
+    assert set(octaves["policy"]) == {"random", "h2o", "vatp", "snapkv", "ahakv"}  # the policies with a score
+    h2o = octaves[(octaves["policy"] == "h2o") & (octaves["options"] == "")].set_index("first")
+    records = next(run for run in study.runs if run.label == "h2o").records.values()
+    assert h2o.index.tolist() == [1, 2, 4, 8, 16, 32, 64]
+    assert h2o.loc[4, "value"] == pytest.approx(np.mean([np.array(r["score_by_octave"])[:, 2] for r in records]))
     gaps = tables["differences"].set_index(["policy", "options", "measure"])
     for name in ("score", "kl", "nll"):
         expected = cells.loc[("h2o", "", "all"), name] - cells.loc[("ahakv", "", "all"), name]

@@ -5,11 +5,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from tiny import tiny_tokenizer
 
 from evals import pocket
 from evals.errors import DataError
 from evals.metrics import score_sample
-from evals.prompts import encode
+from evals.prompts import encode, find
 from evals.tasks import Sample, load_samples
 from src.models import load_model, model_settings
 
@@ -124,3 +125,27 @@ def test_the_embedded_model_passes_and_needs_its_context(name: str, smollm2: tup
     blind = [replace(s, before=tokenizer.decode(tokenizer(s.before).input_ids[-left:])) for s in samples]
     lost = [score_sample(s.task, answer(s, *smollm2), s.answers, s.all_classes) for s in blind]
     assert sum(lost) < sum(scores), (scores, lost)
+
+
+def test_where_the_answer_stands() -> None:
+    """The span of the sentence that was asked for, in tokens of the whole prompt; few_shot has no single one."""
+    tokenizer = tiny_tokenizer()
+    for name in NAMES:
+        for sample in load(name, 5):
+            prompt = encode(sample, tokenizer, 10_000)
+            if name == "few_shot":
+                assert prompt.needle is None
+                continue
+            start, stop = prompt.needle or (0, 0)
+            text = tokenizer.decode(prompt.ids[start:stop])
+            assert text == sample.extra["needle"] and sample.answers[0].split()[-1] in text
+            assert stop <= prompt.context_tokens
+
+
+def test_a_needle_is_named_only_where_it_is_certain() -> None:
+    tokenizer = tiny_tokenizer()
+    assert find("b c", "a b c d", tokenizer, True) == (2, 5)
+    assert find("b", "a b b", tokenizer, True) is None  # which of them?
+    assert find("", "a b", tokenizer, True) is None and find("x", "a b", tokenizer, True) is None
+    cut = replace(load("needle", 1)[0], extra={"needle": "The secret code is 1."})
+    assert encode(cut, tokenizer, 100).needle is None  # truncation took it

@@ -437,3 +437,21 @@ def test_what_two_policies_keep_in_common(tmp_path: Path) -> None:
     assert "What two policies keep in common" in (tmp_path / "out" / "report.html").read_text()
     write_run(tmp_path / "alone", "h2o", 4, [record("qasper", 0, 1.0, 4, n=8)])
     assert not any(t.name == "overlap" for t in write_report([tmp_path / "alone"], resamples=1000)[2])
+
+
+def test_scores_beside_the_official_ones(tmp_path: Path) -> None:
+    for policy, extra in (("full", 40.0), ("snapkv", 30.0)):
+        rows = [record("qasper", i, 20.0, 64, extra_scores={"by_number": extra + i}) for i in range(3)]
+        write_run(tmp_path, policy, 64, rows)
+    tables = {table.name: table for table in make_tables(analyse(make_study([tmp_path]), 1000))}
+    shown = tables["extra_scores"]
+    assert [column.name for column in shown.columns] == ["policy", "budget", "qasper"]
+    assert [row[2].value for row in shown.rows] == [41.0, 31.0]
+
+
+def test_errors_by_layer_reach_metrics_and_report(tmp_path: Path) -> None:
+    fidelity = [{"nll": 2.0, "kl": 0.1, "top1": 1.0, "output_error": [0.1, 0.3 + i]} for i in range(4)]
+    write_run(tmp_path, "full", 64, [record("qasper", i, 20.0, 64, fidelity=f) for i, f in enumerate(fidelity)])
+    study = make_study([tmp_path])
+    assert study.runs[0].metrics["fidelity"]["output_error"] == [0.1, 1.8]
+    assert analyse(study, 1000).rows[0].fidelity["output_error"].estimate == pytest.approx((0.1 + 1.8) / 2)

@@ -131,6 +131,7 @@ def test_span_retention_over_samples() -> None:
     assert found["after_prompt"] == pytest.approx((1 + 0.25) / 2)
     assert found["at_end"] == pytest.approx((0.5 + 0) / 2)
     assert found["whole_in_some_head"] == 1
+    assert found["per_task"] == {"qa": pytest.approx((1 + 0.25) / 2)}
     assert retention.span_retention([first], {("qa", "2"): (3, 7)}) == {"samples": 0}
 
 

@@ -16,6 +16,7 @@ from cli import ROOT, call, folders, lines, metrics, predictions, start, wait_fo
 from src import session
 from src.engine import Engine
 from src.progress import Progress
+from src.reporting.data import make_study
 from src.retention_store import load_retention
 
 FIELDS = {
@@ -55,7 +56,7 @@ def test_predictions_and_metrics(base: list[str]) -> None:
     assert sorted(r["id"] for r in records) == ["few_shot-0-0", "few_shot-0-1", "needle-0-0", "needle-0-1"]
     entry = 2 * 2 * 2 * 16 * 4  # keys and values x layers x KV heads x head dimension x float32
     for record in records:
-        assert set(record) == FIELDS
+        assert set(record) == FIELDS | {"score_slope", "score_slope_theory", "score_by_octave"}
         assert record["error"] is None and record["fidelity"] is None and record["truncated"] is True
         assert 190 <= record["prompt_tokens"] <= 240 and record["kept"] == {"prompt": 40, "end": 40}
         assert record["kv_bytes"] == record["kv_bytes_peak"] == 40 * entry
@@ -232,8 +233,11 @@ def test_ctrl_c_finishes_the_samples_in_flight(
     assert metrics(done.folder)["samples"] == 2 and (done.folder / "retention.npz").exists()
     assert "2 of 5 done; the same command goes on" in done.err and "Traceback" not in done.err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert metrics(done.folder)["missing"] == 3
+    assert "was interrupted with 3 samples missing" in make_study([done.folder]).warnings[0]
     assert call("run", *arguments).code == 0
     assert predictions(done.folder) == undisturbed
+    assert metrics(done.folder)["missing"] == 0 and not make_study([done.folder]).warnings
 
 
 def test_ctrl_c_begins_no_further_prompt(base: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

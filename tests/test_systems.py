@@ -4,10 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from cli import call, folders, lines, metrics, predictions
 
 from src import kept_over_time, report
+from src.kept_over_time import Trace, trace_path
+from src.records import load_records
 
 ENTRY = 2 * 2 * 2 * 16 * 4  # keys and values, layers, KV heads, head size, float32
 
@@ -97,6 +100,32 @@ def test_in_the_report(swept: Path, tmp_path: Path) -> None:
     assert report.main([str(swept), "--out", str(tmp_path / "all"), "--resamples", "1000"]) == 0
     page = (tmp_path / "all" / "report.html").read_text()
     assert "scope_slide score=current" in page and "hcattention" in page
+    assert "What is cached as the output grows" in page and "Positions kept over time" in page
+    assert "score slope" in page
+    assert (tmp_path / "all" / "figures" / "kept_over_time.png").exists()
+
+
+def test_chosen_tokens_over_time(swept: Path) -> None:
+    """Of a policy that keeps everything and chooses, the trace holds what it attended to."""
+    found = next(path for name, path in folders(swept).items() if name.startswith("hcattention"))
+    for record in lines(found):
+        trace = Trace.load(trace_path(found, record["task"], record["id"]))
+        assert trace.steps == list(range(0, record["new_tokens"], 2))
+        assert np.sum(trace.shares[0]) * trace.width == pytest.approx(record["prompt_tokens"])
+        for step, shares in zip(trace.steps[1:], trace.shares[1:], strict=True):
+            assert np.sum(shares) * trace.width == pytest.approx(record["chosen_by_step"][step - 1], abs=0.01)
+
+
+def test_traces_can_be_asked_for_later(common: list[str], tmp_path: Path) -> None:
+    command = ["run", *common, "policy=h2o", "budget=48", f"output_root={tmp_path}"]
+    first = call(*command)
+    assert first.code == 0 and not (first.folder / "kept_over_time").exists()
+    answers = [r["prediction"] for r in load_records(first.folder)]
+    for _ in range(2):
+        done = call(*command, "kept_over_time=2")
+        assert done.code == 0 and len(list((done.folder / "kept_over_time").glob("*.npz"))) == 2
+        assert [r["prediction"] for r in load_records(done.folder)] == answers
+        assert len((done.folder / "predictions.jsonl").read_text().splitlines()) == 4  # written anew once, not twice
 
 
 def test_a_report_without_any_budget(swept: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from src.reporting.runs import Run
 from src.statistics import RESAMPLES, Array, Interval, bootstrap_intervals, holm, sign_flip_pvalues
 
 CLEAR = 0.05  # a corrected p-value below it is called a clear difference
-FIDELITY = ("kl", "nll", "top1")
+FIDELITY = ("kl", "nll", "top1", "output_error")
 
 
 @dataclass(frozen=True)

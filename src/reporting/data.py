@@ -54,12 +54,14 @@ class Study:
         return sum(bool(r.get("error")) for r in self.runs[column].records.values())
 
     def values(self, name: str, group: str | None = None) -> Array:
-        """Like `scores`, of another number in the records, e.g. ("kl", "fidelity")."""
+        """Like `scores`, of another number in the records, e.g. ("kl", "fidelity"); of numbers by layer their mean."""
         found = np.full(self.scores.shape, np.nan)
         for column, run in enumerate(self.runs):
             for row, key in enumerate(self.keys):
                 record = run.records.get(key) or {}
                 value = ((record.get(group) or {}) if group else record).get(name)
+                if isinstance(value, list) and value and all(isinstance(item, int | float) for item in value):
+                    value = float(np.mean(value))
                 if isinstance(value, int | float) and not record.get("error"):
                     found[row, column] = value
         return found
@@ -82,6 +84,11 @@ def make_study(folders: Sequence[Path], baseline: str | None = None) -> Study:
             if record.get("score") is not None and not record.get("error"):
                 scores[row_of[key], column] = record["score"]
     task_of = np.array([tasks.index(key[0]) for key in keys], dtype=int)
+    warnings += [
+        f"{run.folder.name} was interrupted with {count} samples missing; launch it again to complete it."
+        for run in runs
+        if (count := run.metrics.get("missing"))
+    ]
     warnings += more + _sample_warnings(runs, keys, scores, task_of)
     chosen = _choose_baseline(runs, baseline)
     comparability = dict(runs[0].metrics.get("comparability") or {})

@@ -23,6 +23,8 @@ CAPTIONS = {
     "beats, with their budgets.",
     "fidelity_vs_budget": "How far the next-token distribution moves away from the full cache's on the "
     "reference answer: less noisy than scores.",
+    "kept_over_time": "One sample: output tokens read, from left to right, against positions in the text, upwards; "
+    "above the line are output tokens. For a policy that keeps everything and chooses, what it attended to.",
     "retention": "Share of the prompt's positions that are kept, by layer and place in the prompt, mean over "
     "KV heads and up to 96 samples. The scale is stretched at its lower end, and the same in all panels.",
 }
@@ -51,15 +53,16 @@ def page(
     def table(name: str) -> str:
         return _table(by_name[name]) if name in by_name else ""
 
-    add("scores", "Score versus budget", figure("score_vs_budget"), table("scores"))
+    add("scores", "Score versus budget", figure("score_vs_budget"), table("scores"), table("extra_scores"))
     add("differences", "What is a real difference?", figure("differences"), table("comparison"))
     add("memory", "Score versus memory", figure("score_vs_bytes"), table("memory"))
     add("fidelity", "Fidelity to the full cache", figure("fidelity_vs_budget"), table("fidelity"))
     add("retention", "Which positions survive", figure("retention"), table("retention"), table("overlap"))
+    add("over-time", "What is cached as the output grows", figure("kept_over_time"))
     add("samples", "Where policies differ most", _samples(analysis, samples))
     add("policies", "Notes on each policy", _notes(analysis))
     add("conditions", "Conditions", _conditions(analysis))
-    links = "".join(f'<a href="#{name}">{name.capitalize()}</a>' for name, _, _ in sections)
+    links = "".join(f'<a href="#{name}">{name.replace("-", " ").capitalize()}</a>' for name, _, _ in sections)
     body = "".join(
         f'<section id="{name}"><h2>{escape(heading)}</h2>{content}</section>' for name, heading, content in sections
     )

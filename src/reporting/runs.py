@@ -127,7 +127,7 @@ def label_runs(runs: Sequence[Run]) -> list[Run]:
         changed = [k for k in sorted(run.options) if k in defaults and defaults[k] != run.options[k]]
         shown = changed if defaults else varied
         shown += [k for k in varied if k not in shown and k not in defaults]
-        words = [run.policy, *(f"{k}={_plain(run.options[k])}" for k in shown)]
+        words = [run.policy, *(f"{k}={_short(run.options[k])}" for k in shown)]
         labelled.append(replace(run, label=" ".join(words if not run.full else words[:1])))
     return _tell_apart(labelled)
 
@@ -148,6 +148,12 @@ def _tell_apart(runs: list[Run]) -> list[Run]:
             words = [runs[i].label, *(f"{k}={_plain(s.get(k))}" for k in names)]
             runs[i] = replace(runs[i], label=" ".join(words))
     return runs
+
+
+def cell_columns(run: Run) -> dict[str, Any]:
+    """The columns that say which cell a table's row is about."""
+    options = run.label.removeprefix(run.policy).strip()
+    return {"model": run.model, "policy": run.policy, "options": options, "budget": None if run.full else run.budget}
 
 
 def flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -174,6 +180,11 @@ def budget_order(budget: int | float | None) -> tuple[bool, float]:
 def _outcome_settings(run: Run) -> dict[str, Any]:
     flattened = flat(run.settings)
     return {k: v for k, v in flattened.items() if k.split(".")[0] not in NOT_AN_OUTCOME and k.split(".")[0] != "policy"}
+
+
+def _short(value: Any) -> str:
+    """Of a path its last part: names stand in legends and table heads."""
+    return Path(value).name if isinstance(value, str) and "/" in value else _plain(value)
 
 
 def _plain(value: Any) -> str:

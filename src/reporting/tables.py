@@ -15,12 +15,12 @@ POLICY, BUDGET = Column("policy", number=False), Column("budget", "entries per h
 
 
 def make_tables(analysis: Analysis) -> list[Table]:
-    """Every table that these runs can fill, in reading order."""
+    """Every table of scores and sizes that these runs can fill, in reading order."""
     tables = [scores_table(analysis), comparison_table(analysis), memory_table(analysis)]
     if analysis.has_fidelity:
         tables.append(fidelity_table(analysis))
-    if any(row.run.metrics.get("retention") for row in analysis.rows):
-        tables.append(retention_table(analysis))
+    if any(_extra(row, task) for row in analysis.rows for task in row.tasks):
+        tables.append(extra_table(analysis))
     return tables
 
 
@@ -39,7 +39,7 @@ def scores_table(analysis: Analysis) -> Table:
     winners = {task: _winners(analysis, task) for task in (*study.tasks, None)}
     rows = []
     for row in analysis.rows:
-        cells = _heads(row)
+        cells = heads(row)
         for task in study.tasks:
             mean, n = row.tasks.get(task, (math.nan, 0))
             text = number(mean) + (f" (n={n})" if n != usual[task] else "")
@@ -60,7 +60,7 @@ def scores_table(analysis: Analysis) -> Table:
         cells.append(Cell(number(mean) + mark, mean, bold=id(row) in winners[None], loss=loss))
         rows.append(tuple(cells))
     note = "Scores from 0 to 100; the average weighs every task the same. Bold: best policy at that budget."
-    return Table("scores", "Scores per task", tuple(columns), tuple(rows), _breaks(analysis), note + _odd(analysis))
+    return Table("scores", "Scores per task", tuple(columns), tuple(rows), breaks(analysis), note + _odd(analysis))
 
 
 def tasks_table(analysis: Analysis) -> Table:
@@ -78,10 +78,10 @@ def tasks_table(analysis: Analysis) -> Table:
                 Cell(task),
                 Cell(str(n), n),
                 Cell(str(failed), failed),
-                _plain(mean, 2),
-                _plain(stderr, 2),
+                plain(mean, 2),
+                plain(stderr, 2),
             ]
-            rows.append((*_heads(row), *cells))
+            rows.append((*heads(row), *cells))
     names = ("n", "failed", "score", "standard error")
     columns = (POLICY, BUDGET, Column("task", number=False), *(Column(name) for name in names))
     return Table("tasks", "Scores, a line per task", columns, tuple(rows))
@@ -104,7 +104,7 @@ def comparison_table(analysis: Analysis) -> Table:
     rows = []
     for row in analysis.rows:
         mark = DAGGER if row.odd else ""
-        cells = [*_heads(row), Cell(str(row.average.n), row.average.n), _interval(row.average, mark)]
+        cells = [*heads(row), Cell(str(row.average.n), row.average.n), _interval(row.average, mark)]
         for _, attribute in against:
             cells += _difference(getattr(row, attribute), uneven)
         rows.append(tuple(cells))
@@ -114,7 +114,7 @@ def comparison_table(analysis: Analysis) -> Table:
         "reference. Bold: p < 0.05."
     )
     title = "Averages and paired differences"
-    return Table("comparison", title, tuple(columns), tuple(rows), _breaks(analysis), note + _odd(analysis))
+    return Table("comparison", title, tuple(columns), tuple(rows), breaks(analysis), note + _odd(analysis))
 
 
 def memory_table(analysis: Analysis) -> Table:
@@ -135,14 +135,14 @@ def memory_table(analysis: Analysis) -> Table:
     rows = []
     for row in analysis.rows:
         ratio = row.memory("ratio")
-        cells = [mebibytes(row.memory("kv_bytes_mean")), _percent(ratio)]
+        cells = [mebibytes(row.memory("kv_bytes_mean")), percent(ratio)]
         cells += [mebibytes(row.memory(name)) for name in ("kv_bytes_peak_mean", "bookkeeping_bytes_mean")]
         if split:  # where nothing is apart, all of it is on the device
             device = row.memory("device_ratio")
             both = row.memory("device_ratio_with_codebooks")
-            cells += [_percent(ratio if device is None else device), _percent(ratio if both is None else both)]
-        rows.append((*_heads(row), *cells))
-    return Table("memory", "Cache memory", tuple(columns), tuple(rows), _breaks(analysis), note)
+            cells += [percent(ratio if device is None else device), percent(ratio if both is None else both)]
+        rows.append((*heads(row), *cells))
+    return Table("memory", "Cache memory", tuple(columns), tuple(rows), breaks(analysis), note)
 
 
 def fidelity_table(analysis: Analysis) -> Table:
@@ -151,62 +151,42 @@ def fidelity_table(analysis: Analysis) -> Table:
         "kl": Column("KL(full || policy)", "nats per token"),
         "nll": Column("NLL", "nats per token"),
         "top1": Column("top-1 agreement", "share"),
+        "output_error": Column("attention output error", "relative, mean over layers"),
     }
     present = [name for name in names if any(name in row.fidelity for row in analysis.rows)]
     rows = []
     for row in analysis.rows:
-        cells = [_interval(row.fidelity[n], "", 3) if n in row.fidelity else _missing() for n in present]
+        cells = [_interval(row.fidelity[n], "", 3) if n in row.fidelity else missing() for n in present]
         measured = max((i.n for i in row.fidelity.values()), default=0)
-        rows.append((*_heads(row), Cell(str(measured), measured), *cells))
+        rows.append((*heads(row), Cell(str(measured), measured), *cells))
     columns = (POLICY, BUDGET, Column("n", "samples"), *(names[n] for n in present))
     note = "Teacher-forced on the reference answer, mean over tasks, 95 % intervals. Lower KL, NLL are better."
     title = "Distance from the full cache"
-    return Table("fidelity", title, columns, tuple(rows), _breaks(analysis), note)
+    return Table("fidelity", title, columns, tuple(rows), breaks(analysis), note)
 
 
-def retention_table(analysis: Analysis) -> Table:
-    """Where in the prompt the kept entries lie."""
-    columns = (
-        POLICY,
-        BUDGET,
-        Column("first tenth", "% of kept"),
-        Column("last tenth", "% of kept"),
-        Column("mean position", "0 start, 1 end"),
-        Column("KL to uniform", "nats"),
-        Column("Gini", "0 even"),
-        Column("first tenth", "% of heavy", key="first tenth of heavy"),
-        Column("last tenth", "% of heavy", key="last tenth of heavy"),
-        Column("drift", "% lost later"),
-    )
-    rows = []
-    for row in analysis.rows:
-        found: dict[str, Any] = row.run.metrics.get("retention") or {}
-        heavy: dict[str, Any] = found.get("heavy") or {}
-        tenths, heavy_tenths = (x.get("decile_shares") or [None] * 10 for x in (found, heavy))
-        rows.append(
-            (
-                *_heads(row),
-                *(_plain(None if x is None else 100 * x, 1) for x in (tenths[0], tenths[-1])),
-                *(_plain(found.get(name), 2) for name in ("mean_position", "kl_uniform", "gini")),
-                *(_plain(None if x is None else 100 * x, 1) for x in (heavy_tenths[0], heavy_tenths[-1])),
-                _plain(None if found.get("drift") is None else 100 * found["drift"], 1),
-            )
-        )
-    note = (
-        "After the prompt, mean over heads, layers, samples. Heavy: without the recent window that all "
-        "heads keep. Drift: share of those positions no longer held when decoding ended."
-    )
-    return Table("retention", "Where the kept entries lie", columns, tuple(rows), _breaks(analysis), note)
+def extra_table(analysis: Analysis) -> Table:
+    """Scores beside the official ones, such as LongGenBench's with answers paired by question number."""
+    pairs = sorted({(task, name) for row in analysis.rows for task in row.tasks for name in _extra(row, task)})
+    columns = (POLICY, BUDGET, *(Column(task, f"{name}, 0 to 100", key=f"{task} {name}") for task, name in pairs))
+    rows = [(*heads(row), *(plain(_extra(row, task).get(name), 1) for task, name in pairs)) for row in analysis.rows]
+    note = "Not the official scores, and in no average: they say how much of a difference is bookkeeping."
+    return Table("extra_scores", "Scores beside the official ones", columns, tuple(rows), breaks(analysis), note)
+
+
+def _extra(row: Row, task: str) -> dict[str, float]:
+    found = (row.run.metrics.get("tasks") or {}).get(task) or {}
+    return dict(found.get("extra_scores") or {})
 
 
 # --- cells ---
 
 
 def mebibytes(value: float | None) -> Cell:
-    return _plain(None if value is None else value / 2**20, 2)
+    return plain(None if value is None else value / 2**20, 2)
 
 
-def _heads(row: Row) -> list[Cell]:
+def heads(row: Row) -> list[Cell]:
     budget = "–" if row.run.full else show_budget(row.run.budget)
     return [Cell(row.run.label), Cell(budget, None if row.run.full else row.run.budget)]
 
@@ -218,7 +198,7 @@ def _interval(interval: Interval, mark: str, digits: int = 1) -> Cell:
 
 def _difference(difference: Difference | None, pairs: bool) -> list[Cell]:
     if difference is None:
-        return [_missing()] * (4 if pairs else 3)
+        return [missing()] * (4 if pairs else 3)
     interval = difference.interval
     text = f"{signed(interval.estimate)} {between(interval)}".strip()
     return [
@@ -229,15 +209,15 @@ def _difference(difference: Difference | None, pairs: bool) -> list[Cell]:
     ]
 
 
-def _plain(value: float | None, digits: int) -> Cell:
+def plain(value: float | None, digits: int) -> Cell:
     return Cell(number(value, digits), value)
 
 
-def _percent(share: float | None) -> Cell:
-    return _plain(None if share is None else 100 * share, 1)
+def percent(share: float | None) -> Cell:
+    return plain(None if share is None else 100 * share, 1)
 
 
-def _missing() -> Cell:
+def missing() -> Cell:
     return Cell("–")
 
 
@@ -277,7 +257,7 @@ def _winners(analysis: Analysis, task: str | None) -> set[int]:
     return best
 
 
-def _breaks(analysis: Analysis) -> frozenset[int]:
+def breaks(analysis: Analysis) -> frozenset[int]:
     def group(row: Row) -> Any:
         return "full" if row.run.full else row.run.budget
 
