@@ -121,12 +121,12 @@ lab.save(figure, "deciles")
 
 # %%
 ratio = lab.measure(tables, "first_to_last").replace(np.inf, np.nan)
-order = ratio.sort_values("value").index
+order = ratio.dropna(subset="value").sort_values("value").index  # StreamingLLM has nothing in the last tenth
 figure, axes = plt.subplots(figsize=(6.5, 0.6 + 0.25 * len(order)))
 lab.dots(axes, order, ratio, "value", "low", "high")
 axes.axvline(1, color="0.0", linestyle=":")
 axes.set_xscale("log")
-axes.set_xlabel("share of the first tenth / share of the last tenth (heavy part, 95 % interval)")
+axes.set_xlabel("first tenth / last tenth of the prompt, shares of the heavy part (95 %)")
 axes.set_title(tables.facts())
 lab.save(figure, "first_to_last")
 ratio[["n", "value", "low", "high"]].round(2)

@@ -3,17 +3,23 @@
 One tiny random model runs every study once, with few samples: all numbers are noise, all code is real.
 """
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jupytext
+import matplotlib
+import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 from hydra import compose
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from synthetic_runs import record, write_run
@@ -125,6 +131,34 @@ def test_budget_notebook_and_fallback_to_the_reference_tables(root: Path, tmp_pa
     said = printed(from_tables)
     assert f"the committed reference tables in {tmp_path / 'reference' / 'budget_curve'}, because" in said
     assert said.splitlines()[1:] == printed(from_runs).splitlines()[1:]
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_on_the_committed_tables(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a reader without results sees; every figure says what it shows, in units and with n, without colour."""
+    (tmp_path / "reference").symlink_to(NOTEBOOKS[0].parents[1] / "results" / "reference")
+    drawn: list[tuple[str, Figure]] = []
+    monkeypatch.setattr(lab, "save", lambda figure, name: drawn.append((name, figure)))
+    plt.switch_backend("Agg")
+    source = of(number).read_text().replace("ROOT = None", f"ROOT = {str(tmp_path)!r}")
+    with matplotlib.rc_context():
+        exec(compile(source, of(number), "exec"), {"__name__": "notebook"})
+    said = capsys.readouterr().out
+    assert "from the committed reference tables" in said and "smollm2-135m" in said
+    assert len(drawn) == (4 if number == 1 else 2)
+    for name, figure in drawn:
+        figure.draw_without_rendering()
+        texts = [text.get_text() for text in figure.findobj(Text)]
+        assert any(re.search(r"n = [\d,]+", text) for text in texts), name
+        for axes in (axes for axes in figure.axes if axes.get_visible()):
+            assert axes.get_xlabel() or figure.get_supxlabel(), name
+            names = [label.get_text() for label in axes.get_yticklabels()]
+            assert axes.get_ylabel() or figure.get_supylabel() or any(map(str.isalpha, "".join(names))), name
+            greys = [to_rgb(line.get_color()) for line in axes.get_lines()]
+            assert all(red == green == blue for red, green, blue in greys), name
+    plt.close("all")
 
 
 def test_policy_notebook() -> None:

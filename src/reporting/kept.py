@@ -11,8 +11,17 @@ from src.reporting.tables import BUDGET, POLICY, breaks, heads, missing, percent
 def retention_table(analysis: Analysis) -> Table | None:
     """Where in the prompt the kept entries lie, and how much of the answering sentence is among them, if recorded."""
     sometimes = {
-        "needle": (Column("needle kept", "% of it"), lambda found: _share(found.get("needle"), "after_prompt")),
-        "score_slope": (Column("score slope", "ln-ln, by position"), lambda found: _slope(found.get("score_slope"))),
+        "needle": (
+            Column("needle kept", "% of it"),
+            lambda found: _share(found.get("needle"), "after_prompt"),
+            " Needle: of the sentence that holds the answer, in the samples where it is known.",
+        ),
+        "score_slope": (
+            Column("score slope", "ln-ln, by position"),
+            lambda found: _slope(found.get("score_slope")),
+            " Score slope: of ln(score) against ln(position), 0 has no preference; in brackets, what accumulated "
+            "attention would have if logits were exchangeable.",
+        ),
     }
     measured = [row.run.metrics.get("retention") or {} for row in analysis.rows]
     if not any(measured):
@@ -29,7 +38,7 @@ def retention_table(analysis: Analysis) -> Table | None:
         Column("first tenth", "% of heavy", key="first tenth of heavy"),
         Column("last tenth", "% of heavy", key="last tenth of heavy"),
         Column("drift", "% lost later"),
-        *(column for column, _ in shown),
+        *(column for column, _, _ in shown),
     )
     rows = []
     for row, found in zip(analysis.rows, measured, strict=True):
@@ -42,18 +51,14 @@ def retention_table(analysis: Analysis) -> Table | None:
                 *(plain(found.get(name), 2) for name in ("mean_position", "kl_uniform", "gini")),
                 *(plain(None if x is None else 100 * x, 1) for x in (heavy_tenths[0], heavy_tenths[-1])),
                 plain(None if found.get("drift") is None else 100 * found["drift"], 1),
-                *(figure(found) for _, figure in shown),
+                *(figure(found) for _, figure, _ in shown),
             )
         )
     note = (
         "After the prompt, mean over heads, layers, samples. Heavy: without the recent window that all "
         "heads keep. Drift: share of those positions no longer held when decoding ended."
     )
-    if shown:
-        note += (
-            " Needle: of the sentence that holds the answer, where it is known. Score slope: of ln(score) against "
-            "ln(position), 0 has no preference; beside it, what accumulated attention would have in theory."
-        )
+    note += "".join(told for _, _, told in shown)
     return Table("retention", "Where the kept entries lie", columns, tuple(rows), breaks(analysis), note)
 
 

@@ -187,6 +187,9 @@ def differences(analysis: Analysis) -> Figure:
     return figure
 
 
+MAPS_IN_A_ROW = 7
+
+
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """The points that no point with fewer or equal bytes reaches, by bytes."""
     front: list[tuple[float, float]] = []
@@ -200,13 +203,18 @@ def retention_maps(analysis: Analysis, maps: dict[int, NDArray[np.float64]]) -> 
     """Policies beside each other, a row per budget; a panel is layers by relative position in the prompt."""
     labels = [n for n in analysis.study.labels if any(analysis.rows[i].run.label == n for i in maps)]
     budgets = [b for b in analysis.study.budgets if any(analysis.rows[i].run.budget == b for i in maps)]
-    figure = new_figure(2.1 * len(labels) + 1.6, 1.45 * len(budgets) + 1.0)
-    grid = figure.subplots(len(budgets), len(labels), squeeze=False, sharex=True, sharey=True)
+    rows = [labels[i : i + MAPS_IN_A_ROW] for i in range(0, len(labels), MAPS_IN_A_ROW)]
+    lines = [(budget, row) for row in rows for budget in budgets]
+    columns = max(len(row) for row in rows)
+    figure = new_figure(2.1 * columns + 1.6, (1.45 * len(budgets) + 0.4) * len(rows) + 0.8)
+    grid = figure.subplots(len(lines), columns, squeeze=False, sharex=True, sharey=True)
     image = None
-    for line, budget in enumerate(budgets):
-        for place, label in enumerate(labels):
+    for line, (budget, row) in enumerate(lines):
+        for axes in grid[line][len(row) :]:
+            axes.set_visible(False)
+        for place, label in enumerate(row):
             axes, column = grid[line][place], analysis.study.column(label, budget)
-            if line == 0:
+            if line % len(budgets) == 0:
                 axes.set_title(plain_text(label).replace(" ", "\n", 1), fontsize=9)
             if place == 0:
                 axes.set_ylabel(f"budget {show_budget(budget)}\nlayer", fontsize=9)
