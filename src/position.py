@@ -30,9 +30,10 @@ def octave_means(scores: Tensor) -> Tensor:
 
     Scores of infinity (protected tokens) are left out; NaN for an octave in which no other is.
     """
-    n = scores.shape[-1]
-    there = scores.isfinite().to(scores.dtype)
-    known = torch.where(scores.isfinite(), scores, 0)
-    octave = torch.arange(1, n + 1, device=scores.device).double().log2().floor().long()
-    sums, count = (x.new_zeros(*x.shape[:-1], n.bit_length()).index_add_(-1, octave, x) for x in (known, there))
-    return sums / count * (there.sum(-1, keepdim=True) / known.sum(-1, keepdim=True))
+    finite = scores.isfinite()
+    both = torch.stack([torch.where(finite, scores, 0).double(), finite.double()])
+    ends = [min(2 ** (i + 1) - 1, scores.shape[-1]) - 1 for i in range(scores.shape[-1].bit_length())]
+    upto = both.cumsum(-1)[..., torch.tensor(ends, device=scores.device)]
+    sums, count = torch.diff(upto, dim=-1, prepend=torch.zeros_like(upto[..., :1]))
+    total, there = upto[..., -1:]
+    return (sums / count * (there / total)).to(scores.dtype)
