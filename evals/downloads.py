@@ -3,6 +3,7 @@
 import os
 import urllib.request
 from collections.abc import Callable
+from http.client import HTTPException
 from pathlib import Path
 
 from evals.errors import DataError
@@ -29,15 +30,17 @@ def download(url: str, target: Path, setting: str, check: Callable[[bytes], obje
         if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
             raise OSError("HF_HUB_OFFLINE is set")
         with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as answer:
-            content = answer.read(largest + 1)
+            content, announced = answer.read(largest + 1), answer.headers.get("Content-Length")
         if len(content) > largest:
             raise ValueError(f"more than {largest:,} bytes")
+        if announced is not None and int(announced) != len(content):  # read(n) does not complain about fewer
+            raise ValueError(f"{len(content)} of {announced} bytes came")
         check(content)
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f"{target.name}.{os.getpid()}.part")
         partial.write_bytes(content)
         os.replace(partial, target)
-    except (OSError, ValueError) as error:  # urllib's errors are OSErrors; a cut answer is a ValueError
+    except (OSError, ValueError, HTTPException) as error:  # urllib's own errors are OSErrors
         raise DataError(f"{target}: missing and could not be fetched ({one_line(error)}). {advice}") from None
 
 

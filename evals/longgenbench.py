@@ -55,6 +55,7 @@ def make_task(name: str) -> Task:
         chat=False,
         first_line=False,
         stop_at_newline=False,
+        only_eos=True,
         min_new_tokens=1,
     )
 
@@ -95,10 +96,10 @@ def file_of(name: str, data_dir: str | None, source_url: str) -> Path:
 
 
 def check_rows(content: bytes) -> None:
-    """Rows one per line, not a page that says what went wrong."""
-    for line in content.splitlines():
-        if line.strip() and not isinstance(json.loads(line), dict):
-            raise ValueError("not JSON lines")
+    """One or more rows, one per line; not a page, nor a message, that says what went wrong."""
+    rows = [json.loads(line) for line in content.splitlines() if line.strip()]
+    if not rows or not all(isinstance(row, dict) and {"prompt", "questions", "answers"} <= set(row) for row in rows):
+        raise ValueError("not LongGenBench's rows")
 
 
 def read_task(task: Task, path: Path, reference_rows: bool, broken: str = "refuse") -> list[Sample]:

@@ -21,6 +21,7 @@ class Task:
     chat: bool  # wrap the prompt in the model's chat template
     first_line: bool  # only the prediction's first line is scored (leading newlines are skipped)
     stop_at_newline: bool
+    only_eos: bool = False  # the end-of-sequence token ends it, none of the model's other stop tokens
     min_new_tokens: int = 0
     version: int = 1
 

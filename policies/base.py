@@ -250,11 +250,11 @@ class ScorePolicy(Policy):
         return torch.cat([top, keep_all(prompt)[:, older:]], dim=-1)
 
     def prompt_measures(self, prompt: PromptAttention, budget: int) -> dict[str, Tensor]:
-        """How the score depends on the position (`src.position`), over the tokens that compete; mean over KV heads."""
+        """How the score depends on the position (`src.position`), over the tokens that compete."""
         if prompt.length <= budget:
             return {}
         scores = self._older_scores(prompt, budget)
-        return {"score_slope": log_slope(scores).mean(), "score_by_octave": octave_means(scores).mean(dim=0)}
+        return {"score_slope": log_slope(scores), "score_by_octave": octave_means(scores).mean(dim=0)}
 
     def _older_scores(self, prompt: PromptAttention, budget: int) -> Tensor:
         """`score` without the most recent tokens, `(kv_heads, n - recent)`; looked at twice, computed once."""

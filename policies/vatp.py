@@ -48,6 +48,12 @@ class VATP(H2O):
         score[:, : self.sinks] = torch.inf
         return score
 
+    def prompt_measures(self, prompt: PromptAttention, budget: int) -> dict[str, Tensor]:
+        """H2O's, without the theory: it is about sums that no value norm multiplies."""
+        found = super().prompt_measures(prompt, budget)
+        found.pop("score_slope_theory", None)
+        return found
+
     def start(self, prompt: PromptAttention, kept: Tensor, budget: int) -> State:
         state = super().start(prompt, kept, budget)
         state.slots["norm"] = prompt.value_norms("l1").gather(-1, kept)

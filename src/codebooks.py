@@ -79,6 +79,12 @@ def read_codebooks(file: Path, changed: int) -> tuple[Tensor, dict[str, str], st
     return tensor, found, hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
+def made_for(file: Path, model: ModelShape, groups: int, centroids: int) -> bool:
+    """Whether the file's codebooks are this model's; one of another checkpoint of the same name is replaced."""
+    found = read_codebooks(file, file.stat().st_mtime_ns)[1]
+    return all(found.get(name) == value for name, value in describe(model, groups, centroids).items())
+
+
 def describe(model: ModelShape, groups: int, centroids: int) -> dict[str, str]:
     """What must agree between a file and a run."""
     shape = {"model": model.name, "layers": model.layers, "kv_heads": model.kv_heads, "head_dim": model.head_dim}
@@ -155,7 +161,7 @@ def make(cfg: DictConfig) -> int:
     if not 2 <= cfg.centroids <= min(tokens, 2**15):
         raise InputError(f"centroids={cfg.centroids}: valid: 2 to {min(tokens, 2**15)} (sampled tokens, 15 bits)")
     file = Path(cfg.output).expanduser() if cfg.output else default_path(shape.name, cfg.groups, cfg.centroids)
-    if file.exists() and not cfg.overwrite:
+    if file.exists() and not cfg.overwrite and made_for(file, shape, cfg.groups, cfg.centroids):
         print(f"there already: {file} (overwrite=true fits anew)")
         return 0
     texts = []

@@ -100,8 +100,8 @@ class Engine:
         for job in jobs:
             if wave and lanes_of(*wave, job) > most:
                 fitted = yield from self._wave(wave, stop)
-                if not fitted and len(wave) > 1:  # the next of this width would fail too
-                    most = lanes_of(*wave) // 2
+                # A wave as wide would fail again, unless one long prompt was to blame: wider by and by.
+                most = min(self.max_lanes, most + most // 8) if fitted else max(1, lanes_of(*wave) // 2)
                 wave = []
             wave.append(job)
         if wave:
@@ -111,8 +111,12 @@ class Engine:
         """One wave; when memory runs out, what is unfinished is tried again in halves. Returns whether it fitted."""
         finished: set[tuple[int, Variant]] = set()
         lanes: list[Lane] = []
+        begun: list[Job] = []
         try:
-            lanes = [lane for job in jobs if not stop() for lane in self._prefill(job)]
+            for job in jobs:
+                if not stop():
+                    begun.append(job)
+                    lanes += self._prefill(job)
             for result in self._decode(lanes):
                 finished.add((id(result.request), result.variant))
                 yield result
@@ -123,6 +127,8 @@ class Engine:
             reason = str(error).splitlines()[0]
         lanes.clear()  # or the failed wave's caches would stay while it is tried again
         self.memory.release()
+        if stop():  # what is under way is finished all the same
+            jobs, stop = begun, lambda: False
         left = [Job(j.request, [v for v in j.variants if (id(j.request), v) not in finished]) for j in jobs]
         left = [j for j in left if j.variants]
         if len(left) > 1:

@@ -4,7 +4,7 @@
 `kept_over_time/<task>-<id>.npz` into the run's folder. Of policies that keep everything and choose anew at each step
 it notes what was attended to (`Policy.attended`). A report shows one sample; several runs of any sample:
 
-    python -m src.kept_over_time OUT.png RUN_FOLDER RUN_FOLDER ... [--sample gsm8k_30-0]
+    python -m src.kept_over_time OUT.png RUN_TRACES RUN_TRACES ... [--sample gsm8k_30-0]
 """
 
 from __future__ import annotations
@@ -12,26 +12,28 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import matplotlib
 import numpy as np
 import torch
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from src.engine import Engine, Lane
+from src.engine import REFERENCE, Engine, Lane
 from src.errors import InputError
 from src.jobs import Generation
 from src.lanes import LaneBatch
+from src.records import TRACES
 from src.reporting.data import Study
-from src.reporting.figures import new_figure, plain_text
+from src.reporting.figures import LOOK, new_figure, plain_text
 from src.reporting.runs import check_comparable, label_runs, load_run, show_budget
 
-FOLDER = "kept_over_time"
 BINS = 256  # at most, over prompt and output
 COLUMNS = 4  # panels beside each other
 
@@ -43,12 +45,14 @@ class Trace:
     Attributes:
         prompt_tokens: the first output token has this position.
         width: positions per bin.
+        every: output tokens between two rows.
         steps: output tokens read so far, one per row.
         shares: rows of `(bins,)`, 0 to 1.
     """
 
     prompt_tokens: int
     width: int
+    every: int = 1
     steps: list[int] = field(default_factory=list)
     shares: list[np.ndarray] = field(default_factory=list)
 
@@ -63,17 +67,23 @@ class Trace:
         self.shares.append((total / (heads * self.width)).numpy())
 
     def save(self, path: Path) -> None:
+        """Whole or not at all."""
         path.parent.mkdir(exist_ok=True)
-        shares = np.stack(self.shares).astype(np.float32)
-        np.savez_compressed(
-            path, shares=shares, prompt_tokens=self.prompt_tokens, width=self.width, steps=np.array(self.steps)
-        )
+        shares = np.stack(self.shares).astype(np.float32) if self.shares else np.zeros((0, BINS), np.float32)
+        numbers = np.array([self.prompt_tokens, self.width, self.every])
+        with path.with_suffix(".part").open("wb") as file:
+            np.savez_compressed(file, shares=shares, steps=np.array(self.steps, dtype=int), numbers=numbers)
+        path.with_suffix(".part").replace(path)
 
     @classmethod
     def load(cls, path: Path) -> Trace:
-        with np.load(path) as found:
-            shares = list(found["shares"])
-            return cls(int(found["prompt_tokens"]), int(found["width"]), found["steps"].tolist(), shares)
+        """Raises InputError for a file that is damaged or of another version."""
+        try:
+            with np.load(path, allow_pickle=False) as found:
+                prompt_tokens, width, every = found["numbers"].tolist()
+                return cls(prompt_tokens, width, every, found["steps"].tolist(), list(found["shares"]))
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            raise InputError(f"{path}: not a trace of kept positions (or damaged); run it again") from None
 
 
 class TracingEngine(Engine):
@@ -93,16 +103,19 @@ class TracingEngine(Engine):
         if batch.t % self.every:
             return
         for row, lane in enumerate(lanes):
-            if lane.targets is None:
+            if lane.targets is None and lane.result.variant is not REFERENCE:
                 caches, at = batch.locate(row)
                 kept = [c.positions[at, :, : c.used[at]] for c in caches]
-                chosen = batch.attended(row)
+                chosen, trace = batch.attended(row), self._of(lane.result)
                 if chosen is not None:
                     chosen = [share[:, : layer.shape[1]] for share, layer in zip(chosen, kept, strict=True)]
-                self._of(lane.result).note(batch.t, kept, chosen)
+                    if trace.steps == [0]:  # that everything was kept says nothing about what was chosen
+                        trace.steps.clear()
+                        trace.shares.clear()
+                trace.note(batch.t, kept, chosen)
 
     def trace(self, result: Generation) -> Trace:
-        """A finished lane's, once."""
+        """A finished or failed lane's, once."""
         trace = self._of(result)
         del self._traces[result.request.name, id(result.variant)]
         return trace
@@ -113,13 +126,14 @@ class TracingEngine(Engine):
         if found is None or found[0] is not result:  # another try, after memory ran out, starts afresh
             width = -(-(len(request.ids) + request.max_new_tokens) // BINS)
             scope = len(request.ids) if request.context_tokens is None else request.context_tokens
-            found = self._traces[key] = (result, Trace(scope, width))
-            found[1].note(0, result.kept_prompt)
+            found = self._traces[key] = (result, Trace(scope, width, self.every))
+            if result.kept_prompt:
+                found[1].note(0, result.kept_prompt)
         return found[1]
 
 
 def trace_path(run: Path, task: str, sample: str) -> Path:
-    return run / FOLDER / (re.sub(r"[^\w.-]", "_", f"{task}-{sample}") + ".npz")
+    return run / TRACES / (re.sub(r"[^\w.-]", "_", f"{task}-{sample}") + ".npz")
 
 
 def draw(traces: Mapping[str, Trace], title: str) -> Figure:
@@ -131,14 +145,14 @@ def draw(traces: Mapping[str, Trace], title: str) -> Figure:
     image = None
     for axis in panels.flat[len(traces) :]:
         axis.set_visible(False)
-    longest = max(trace.steps[-1] for trace in traces.values())
+    longest = max((trace.steps[-1] for trace in traces.values() if trace.steps), default=0)
     for axis, (name, trace) in zip(panels.flat, traces.items(), strict=False):
-        shares = np.stack(trace.shares).T
-        edges = np.arange(shares.shape[0] + 1) * trace.width
-        steps = np.append(trace.steps, 2 * trace.steps[-1] - trace.steps[-2] if len(trace.steps) > 1 else 1)
-        image = axis.pcolormesh(
-            steps, edges, 100 * shares, norm=PowerNorm(0.5, vmin=0, vmax=100), cmap="cividis", rasterized=True
-        )
+        if trace.steps:  # none: the answer ended before the first look
+            shares = np.stack(trace.shares).T
+            edges = np.arange(shares.shape[0] + 1) * trace.width
+            steps = np.append(trace.steps, trace.steps[-1] + trace.every)
+            norm = PowerNorm(0.5, vmin=0, vmax=100)
+            image = axis.pcolormesh(steps, edges, 100 * shares, norm=norm, cmap="cividis", rasterized=True)
         axis.axhline(trace.prompt_tokens, color="white", linewidth=0.8)
         axis.set_title(plain_text(name), fontsize=8)
         axis.set(ylim=(0, trace.prompt_tokens + longest), xlim=(0, max(longest, 1)))
@@ -155,7 +169,7 @@ def draw(traces: Mapping[str, Trace], title: str) -> Figure:
 
 def common_samples(folders: Sequence[Path]) -> list[str]:
     """Names TASK-ID of the samples that all these runs have a trace of."""
-    there = [{path.stem for path in (folder / FOLDER).glob("*.npz")} for folder in folders]
+    there = [{path.stem for path in (folder / TRACES).glob("*.npz")} for folder in folders]
     return sorted(set.intersection(*there)) if there else []
 
 
@@ -163,12 +177,17 @@ def of_study(study: Study) -> Figure | None:
     """For a report: the first sample that all runs with traces have, at the smallest budget."""
     smallest = study.budgets[:1]
     runs = [run for run in study.runs if run.budget in smallest or not run.budget]
-    runs = [run for run in runs if (run.folder / FOLDER).is_dir() and not run.full]
+    runs = [run for run in runs if (run.folder / TRACES).is_dir() and not run.full]
     samples = common_samples([run.folder for run in runs])
     if not samples:
         return None
-    traces = {run.cell: Trace.load(run.folder / FOLDER / f"{samples[0]}.npz") for run in runs}
-    return draw(traces, f"Positions kept over time: sample {samples[0]}")
+    traces = {run.cell: Trace.load(run.folder / TRACES / f"{samples[0]}.npz") for run in runs}
+    with matplotlib.rc_context(LOOK):
+        return draw(traces, title_of(samples[0]))
+
+
+def title_of(sample: str) -> str:
+    return f"Positions kept over time: n = 1 sample, {sample}"
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:
@@ -182,25 +201,37 @@ def names_of(folders: Sequence[Path]) -> list[str]:
     return [f"{run.label}, budget {show_budget(run.budget)}" for run in label_runs(runs)]
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (python -m src.kept_over_time --help)")
+
+
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m src.kept_over_time", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("out", type=Path, help="the picture")
+    parser = _Parser(prog="python -m src.kept_over_time", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("out", type=Path, help="the picture: .png, .pdf or .svg")
     parser.add_argument("runs", type=Path, nargs="+", help="folders of runs made with kept_over_time=N")
     parser.add_argument("--sample", help="TASK-ID; default: the first that all runs have")
-    wanted = parser.parse_args(arguments)
     try:
+        wanted = parser.parse_args(arguments)
+        if wanted.out.suffix not in (".png", ".pdf", ".svg"):
+            raise InputError(f"{wanted.out}: valid: a name that ends with .png, .pdf or .svg")
+        for run in wanted.runs:
+            if not (run / TRACES).is_dir():
+                raise InputError(f"{run}: holds no {TRACES}/; valid: the folder of a run made with kept_over_time=N")
         common = common_samples(wanted.runs)
-        if not common or (wanted.sample or common[0]) not in common:
-            found = ", ".join(common) or "none (were they made with kept_over_time=N?)"
-            raise InputError(f"--sample {wanted.sample}: samples that all runs have: {found}")
-        sample = wanted.sample or common[0]
+        sample = wanted.sample or (common[0] if common else None)
+        if sample not in common:
+            raise InputError(f"--sample {sample}: not in all of these runs; valid: {', '.join(common) or '(none)'}")
         names = names_of(wanted.runs)
         traces = {
-            name: Trace.load(run / FOLDER / f"{sample}.npz") for name, run in zip(names, wanted.runs, strict=True)
+            name: Trace.load(run / TRACES / f"{sample}.npz") for name, run in zip(names, wanted.runs, strict=True)
         }
-        draw(traces, f"Positions kept over time: sample {sample}").savefig(wanted.out, dpi=150)
+        draw(traces, title_of(str(sample))).savefig(wanted.out, dpi=150)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename}: cannot be written ({error.strerror})", file=sys.stderr)
         return 2
     print(f"picture: {wanted.out}")
     return 0

@@ -63,5 +63,6 @@ def allocated_peak(call: Callable[[], object]) -> int:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """CUDA raises a class of its own; the CPU allocator only a message."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """CUDA's allocator raises a class of its own; the driver, cuBLAS and the CPU's allocator only a message."""
+    messages = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(message in str(error) for message in messages)

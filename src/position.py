@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from src.prompt_attention import precise
+
 
 def log_slope(scores: Tensor) -> Tensor:
     """Least-squares slope of ln(score) against ln(position), `(..., n)` -> `(...)`; positions count from 1.
@@ -15,6 +17,7 @@ def log_slope(scores: Tensor) -> Tensor:
     0: no preference; -1: the score falls like 1 / position. Scores of 0 (no logarithm) and of infinity (protected
     tokens) are left out; NaN where fewer than two are left.
     """
+    scores = precise(scores)
     valid = (scores > 0) & scores.isfinite()
     there = valid.to(scores.dtype)
     x = torch.arange(1, scores.shape[-1] + 1, device=scores.device, dtype=scores.dtype).log()
@@ -28,12 +31,15 @@ def log_slope(scores: Tensor) -> Tensor:
 def octave_means(scores: Tensor) -> Tensor:
     """Mean score of positions 1, 2-3, 4-7, 8-15, ..., relative to the mean of all, `(..., n)` -> `(..., octaves)`.
 
-    Scores of infinity (protected tokens) are left out; NaN for an octave in which no other is.
+    Scores of infinity (protected tokens) are left out; NaN for an octave in which no other is, and for all where a
+    score is negative: then a ratio to the mean says nothing.
     """
+    scores = precise(scores)
     finite = scores.isfinite()
     both = torch.stack([torch.where(finite, scores, 0).double(), finite.double()])
     ends = [min(2 ** (i + 1) - 1, scores.shape[-1]) - 1 for i in range(scores.shape[-1].bit_length())]
     upto = both.cumsum(-1)[..., torch.tensor(ends, device=scores.device)]
     sums, count = torch.diff(upto, dim=-1, prepend=torch.zeros_like(upto[..., :1]))
     total, there = upto[..., -1:]
-    return (sums / count * (there / total)).to(scores.dtype)
+    means = (sums / count * (there / total)).to(scores.dtype)
+    return torch.where((scores < 0).any(-1, keepdim=True), torch.nan, means)

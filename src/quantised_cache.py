@@ -165,7 +165,7 @@ def weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
     top = weights.topk(most, dim=-1)
     chosen, at = top.values.to(values.device), top.indices.to(values.device)
     rows = at.flatten(2)[..., None].expand(-1, -1, -1, values.shape[-1])
-    picked = values.gather(2, rows).view(lanes, kv_heads, group, most, -1)
+    picked = values.gather(2, rows).view(lanes, kv_heads, group, most, values.shape[-1])  # most may be 0
     return (chosen[..., None, :] @ picked)[..., 0, :]
 
 

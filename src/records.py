@@ -10,7 +10,8 @@ import fcntl
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -19,8 +20,9 @@ from typing import Any, TextIO
 from src import retention_store as store
 from src.errors import InputError
 from src.retention_plots import plot_retention
+from src.retention_records import chosen, needle, score_bias
 from src.retention_store import Kept, Key
-from src.retention_summary import needle, profile, score_bias, summarise
+from src.retention_summary import profile, summarise
 from src.run_files import (
     PREDICTIONS,
     Table,
@@ -40,6 +42,7 @@ __all__ = ["Kept", "Key", "RunFolder", "compute_metrics", "load_records", "run_p
 
 log = logging.getLogger(__name__)
 
+TRACES = "kept_over_time"  # a folder of small files, see src/kept_over_time.py
 METRICS, SETTINGS, JOURNAL = "metrics.json", "settings.json", "retention.part"
 WRITTEN = (
     *(PREDICTIONS, METRICS, SETTINGS, JOURNAL, "config.yaml", "environment.json"),
@@ -118,10 +121,13 @@ class RunFolder:
         peaks: Mapping[str, float | None] | None = None,
         recent: int | None = None,
         plot: bool = True,
-        missing: int = 0,
+        asked: Collection[tuple[str, str]] = (),
     ) -> dict[str, Any]:
         """Write retention.npz, retention.png and (last) metrics.json over all current records; return the
-        metrics. `missing`: samples that were asked for and are not there, because the run was interrupted.
+        metrics.
+
+        `asked`: task and id of the samples that this call was to run. Those that are not there, of this call or of
+        earlier ones, are listed as `missing`: the run was interrupted.
         """
         with self._turn():
             if self._shared:
@@ -137,13 +143,10 @@ class RunFolder:
                 peaks=self._peaks_so_far(peaks or {}),
                 retention=measured,
             )
-            metrics["missing"] = missing
+            wanted = {*asked, *self._missing_before()}
+            metrics["missing"] = sorted(list(sample) for sample in wanted if sample not in self._table.last)
             write_whole(self.path / METRICS, pretty(metrics))
             return metrics
-
-    def __contains__(self, sample: tuple[str, str]) -> bool:
-        """Is there a record of this task and id?"""
-        return sample in self._table.last
 
     def close(self) -> None:
         """Let other processes have the folder."""
@@ -200,6 +203,7 @@ class RunFolder:
             for name in WRITTEN:
                 (self.path / name).unlink(missing_ok=True)
                 (self.path / f"{name}.part").unlink(missing_ok=True)
+            shutil.rmtree(self.path / TRACES, ignore_errors=True)
         self._check_settings(settings)
         if config:
             write_whole(self.path / "config.yaml", config)
@@ -277,14 +281,22 @@ class RunFolder:
             part = self.path / "retention.part.png"
             plot_retention(data, part, title)
             part.replace(picture)
-        spans = {key_of(r)[:2]: (int(r["needle"][0]), int(r["needle"][1])) for r in self.records if r.get("needle")}
-        return summarise(data) | needle(self._finished, spans) | score_bias(self.records)
+        records = self.records
+        return summarise(data) | needle(self._finished, records) | score_bias(records) | chosen(records)
 
     def _read_kept(self, key: Key) -> store.KeptSample:
         if key in self._journal.frames:
             return self._journal.read(key)
         assert self._finished is not None
         return self._finished.sample(key)
+
+    def _missing_before(self) -> set[tuple[str, str]]:
+        """What an interrupted call left out, as its metrics.json says."""
+        try:
+            before = json.loads((self.path / METRICS).read_text(encoding="utf-8"))["missing"]
+        except (OSError, ValueError, KeyError):
+            return set()
+        return {(str(task), str(id_)) for task, id_ in before}
 
     def _with_earlier_versions(self, now: Mapping[str, Any]) -> dict[str, Any]:
         """`task_versions` names all tasks in the folder, also those of earlier calls and of other jobs."""

@@ -9,7 +9,7 @@ all layers and heads kept. Samples whose prompt was kept whole have no heavy par
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -25,7 +25,7 @@ DIGITS = 5
 # Share of 64-bin counts that falls in each tenth, positions spread evenly in their bin: only for
 # retention=bins.
 _EDGES = np.arange(BINS + 1) * 10 / BINS
-_BINS_TO_TENTHS = np.clip(
+BINS_TO_TENTHS = np.clip(
     np.minimum(_EDGES[1:, None], np.arange(1, 11)) - np.maximum(_EDGES[:-1, None], np.arange(10)), 0, None
 ) * (BINS / 10)
 
@@ -154,7 +154,7 @@ def _measured(
     if sample.binned:
         counts = sample.counts()
         position = retention.shares(counts) @ ((np.arange(BINS) + 0.5) / BINS)
-        whole = _Figures(counts, counts @ _BINS_TO_TENTHS, position, sample.n)
+        whole = _Figures(counts, counts @ BINS_TO_TENTHS, position, sample.n)
         return row | {"kept": _entries(whole)}, whole, None, None
     kept = sample.kept()
     whole = _figures(kept)
@@ -202,34 +202,6 @@ def summarise(samples: Iterable[KeptSample] | Profile, recent: int | None = None
         "heavy_per_head": _grid(heavy, data) if heavy.count else None,
         "per_task": {task: _task(task, data) for task in sorted(data.whole)},
     }
-
-
-def needle(samples: Iterable[KeptSample], spans: dict[tuple[str, str], tuple[int, int]]) -> dict[str, Any]:
-    """`needle`: how much was kept of the sentence that holds the answer, where that is known (`span_retention`)."""
-    found: dict[str, Any] = retention.span_retention(samples, spans) if spans else {"samples": 0}
-    if not found["samples"]:
-        return {}
-    tasks = {task: rounded(share) for task, share in found.pop("per_task").items()}
-    return {"needle": {**{name: rounded(value) for name, value in found.items()}, "per_task": tasks}}
-
-
-def score_bias(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """`score_slope`: of ln(score) against ln(position) when the prompt was cut, and what theory says for H2O's sums.
-
-    0: the score has no positional preference. Mean over samples; figures by layer are means over KV heads.
-    """
-    slopes = [r["score_slope"] for r in records if r.get("score_slope")]
-    if not slopes:
-        return {}
-    layers = np.array(slopes, dtype=float)
-    theory = [r["score_slope_theory"][0] for r in records if r.get("score_slope_theory")]
-    found = {
-        "samples": len(slopes),
-        "mean": retention.nan_mean(layers),
-        "theory": retention.nan_mean(theory),
-        "per_layer": [retention.nan_mean(layers[:, layer]) for layer in range(layers.shape[1])],
-    }
-    return {"score_slope": {name: value if value is None else rounded(value) for name, value in found.items()}}
 
 
 def _heavy(sums: _Sums) -> dict[str, Any] | None:

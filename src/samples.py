@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from evals.metrics import extra_scores, score_sample
 from evals.prompts import Prompt, encode
-from evals.tasks import Sample
+from evals.tasks import Sample, Task
 from src.errors import InputError
 from src.jobs import Generation, Request
 from src.models import LoadedModel
@@ -45,12 +45,20 @@ def to_request(one: Prepared, model: LoadedModel, cfg: DictConfig) -> Request:
     return Request(
         name="/".join(one.key),
         ids=one.ids,
-        stop_ids=model.stop_ids | (model.newline_ids() if task.stop_at_newline else frozenset()),
+        stop_ids=stop_ids(task, model),
         max_new_tokens=longest,
         min_new_tokens=min(task.min_new_tokens, longest),
         context_tokens=prompt.context_tokens if cut else None,
         reference=reference(one, model, longest) if cfg.fidelity else None,
     )
+
+
+def stop_ids(task: Task, model: LoadedModel) -> frozenset[int]:
+    """What ends an answer: the model's stop tokens, or as the task's own protocol has it."""
+    end = model.tokenizer.eos_token_id
+    if task.only_eos and end in model.stop_ids:
+        return frozenset({end})
+    return model.stop_ids | (model.newline_ids() if task.stop_at_newline else frozenset())
 
 
 def reference(one: Prepared, model: LoadedModel, longest: int) -> list[int]:

@@ -25,7 +25,7 @@ from src.engine import Engine
 from src.environment import environment
 from src.errors import InputError
 from src.jobs import Job
-from src.kept_over_time import TracingEngine, trace_path
+from src.kept_over_time import Trace, TracingEngine, trace_path
 from src.models import LoadedModel, load_model
 from src.progress import Progress
 from src.records import Kept, RunFolder, run_path
@@ -158,14 +158,15 @@ class Session:
         for result in self.engine.run(jobs(), stop=lambda: self.interrupted):
             record = to_record(prepared[result.request.name], result, self.model, self.cfg)
             kept = None if result.error else Kept(result.kept_prompt, result.kept_end)
-            if isinstance(self.engine, TracingEngine) and not result.error:
-                trace = self.engine.trace(result)
+            if isinstance(self.engine, TracingEngine) and (trace := self.engine.trace(result)).steps:
                 trace.save(trace_path(by_variant[id(result.variant)].folder.path, record["task"], record["id"]))
             self._keep(by_variant[id(result.variant)], record, kept, progress)
 
     def _done(self, cell: Cell, one: Prepared) -> bool:
         """Finished, with everything that this command asks for."""
-        if self.cfg.kept_over_time and not trace_path(cell.folder.path, one.sample.task.name, one.sample.id).exists():
+        every = self.cfg.kept_over_time
+        path = trace_path(cell.folder.path, one.sample.task.name, one.sample.id)
+        if every and not (path.exists() and Trace.load(path).every == every):
             return False
         return cell.folder.done(one.key, self.cfg.fidelity)
 
@@ -182,7 +183,7 @@ class Session:
         path = run_path(self.cfg.output_root, self.model.name, cell.label, cell.budget_name, settings)
         grid = ("policies", "budgets", "max_lanes")  # a cell's config does not depend on the grid it was part of
         config = {k: v for k, v in self.cfg.items() if k not in grid}
-        config |= {"policy": cell.settings, "budget": cell.budget}
+        config |= {"policy": cell.options, "budget": cell.given}
         return RunFolder(
             path,
             settings,
@@ -249,7 +250,7 @@ class Session:
             comparability=self._comparability(),
             task_metrics={s.task.name: s.task.metric for s in self.samples},
             peaks=peaks,
-            missing=sum(not s.error and (s.task.name, s.id) not in cell.folder for s in self.samples),
+            asked={(s.task.name, s.id) for s in self.samples},
         )
         cell.tracker.finish(metrics, cell.folder.records)
 

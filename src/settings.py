@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,17 @@ class CellConfig:
             return budget
         both = isinstance(budget.prompt, int) and isinstance(budget.decode, int)
         return budget.prompt + budget.decode if both else budget.prompt
+
+    @property
+    def given(self) -> Any:
+        """The budget as a command would give it."""
+        budget = self.variant.budget
+        return asdict(budget) if isinstance(budget, SplitBudget) else budget
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The policy's settings as a command would give them."""
+        return {name: value for name, value in self.settings.items() if name != "decode_budget"}
 
     @property
     def budget_name(self) -> str:

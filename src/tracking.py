@@ -201,6 +201,10 @@ class WandbTracker(Tracker):
             edges = np.linspace(0, 1, len(retention["histogram"]) + 1)
             kept = np.asarray(retention["histogram"]) * retention["kept_mean"]  # entries of a mean layer and head
             last["retention/positions"] = wandb.Histogram(np_histogram=(kept, edges))
+        if retention.get("chosen"):
+            shares = np.asarray(retention["chosen"]["histogram"])
+            edges = np.linspace(0, 1, len(shares) + 1)
+            last["retention/chosen"] = wandb.Histogram(np_histogram=(shares * retention["chosen"]["samples"], edges))
         picture = self._folder / "retention.png"
         if picture.exists():
             last["retention/layers"] = wandb.Image(str(picture))
@@ -239,7 +243,7 @@ def summary(metrics: Mapping[str, Any]) -> dict[str, float]:
         for name, value in (metrics.get(part) or {}).items():
             flat |= _flat(f"{part}/{name}", value)
     kept = metrics.get("retention") or {}
-    flat |= _flat("retention", {k: v for k, v in kept.items() if k != "histogram" and not k.endswith("per_head")})
+    flat |= _flat("retention", kept)
     return {name: value for name, value in flat.items() if isinstance(value, int | float)}
 
 
@@ -247,7 +251,7 @@ def _flat(name: str, value: Any) -> dict[str, Any]:
     """Nested figures under joined names; list entries are numbered from 00."""
     inner: dict[str, Any] = {}
     if isinstance(value, Mapping):
-        inner = {str(key): item for key, item in value.items()}
+        inner = {str(k): item for k, item in value.items() if k != "histogram" and not str(k).endswith("per_head")}
     elif isinstance(value, list):
         inner = {f"{i:02}": item for i, item in enumerate(value)}
     else:

@@ -86,16 +86,18 @@ SETTINGS: dict[str, list[str]] = {
     "model.path=/does/not/exist": ["model.path=/does/not/exist", "safetensors"],
     "model.path=null": ["model.path=null", "model.path=FOLDER"],
     "model=random model.like=foo": ["model.like=foo", "llama3-8b"],
-    "tasks=longgenbench": ["tasks.data_dir=null", "gsm8k"],
+    "tasks=longgenbench tasks.data_dir=/does/not/exist": ["tasks.data_dir=/does/not/exist", "Linking-ai/SCOPE"],
     "tasks=longbench tasks.data_dir=/does/not/exist": ["tasks.data_dir=/does/not/exist"],
     "hydra/launcher=submitit_slurm": ["cluster=slurm", "pip install '.[slurm]'"],
+    "cluster=slurm": ["cluster=slurm", "pip install '.[slurm]'"],
+    "cluster=ray": ["cluster=ray", "pip install '.[ray]'"],
     "policy=h2o=3": ["policy=h2o=3"],
 }
 
 
 @pytest.mark.parametrize("overrides", SETTINGS)
 def test_settings(base: list[str], tmp_path: Path, overrides: str) -> None:
-    if "submitit" in overrides and find_spec("submitit"):
+    if ("slurm" in overrides and find_spec("submitit")) or ("ray" in overrides and find_spec("ray")):
         pytest.skip("the launcher is installed here")
     done = call("run", *base, "budget=40", *overrides.split())
     refused(done, *SETTINGS[overrides])

@@ -28,7 +28,7 @@ from tiny import tiny, tiny_tokenizer
 from src import lab, reference
 from src.errors import InputError
 from src.records import Kept
-from src.reference_retention import DECILES
+from src.reference_retention import DECILES, drifted, kept_figures, ratio_interval
 from src.retention_store import kept_sample
 from src.settings import composing, register_tasks
 from src.statistics import bootstrap_intervals
@@ -251,31 +251,31 @@ def test_short_prompts_are_left_out(tmp_path: Path) -> None:
 def test_kept_figures_by_hand() -> None:
     """20 positions, one head, kept 0, 1, 3, 10 and the last four: heavy is the first 16, deciles of 1.6."""
     sample = kept_sample(("t", "i", "h"), 20, Kept([[[0, 1, 3, 10, 16, 17, 18, 19]], [[0, 1, 3, 10, 16, 17, 18, 19]]]))
-    everything = reference.kept_figures(sample, "all")
+    everything = kept_figures(sample, "all")
     assert everything[:10] == pytest.approx([2 / 8, 1 / 8, 0, 0, 0, 1 / 8, 0, 0, 2 / 8, 2 / 8])
     assert everything[10] == pytest.approx(sum(p + 0.5 for p in (0, 1, 3, 10, 16, 17, 18, 19)) / 8 / 20)
-    heavy = reference.kept_figures(sample, "heavy")  # 10 p // 16: 0, 0, 1, 6
+    heavy = kept_figures(sample, "heavy")  # 10 p // 16: 0, 0, 1, 6
     assert heavy[:10] == pytest.approx([0.5, 0.25, 0, 0, 0, 0, 0.25, 0, 0, 0])
     assert heavy[10] == pytest.approx((0.5 + 1.5 + 3.5 + 10.5) / 4 / 16)
     after, end = [[[0, 1, 3, 10]], [[0, 1, 3, 10]]], [[[0, 1, 3, 25]], [[0, 1, 3, 10]]]
-    assert reference.drifted(kept_sample(("t", "i", "h"), 20, Kept(after, end))) == pytest.approx((1 / 4 + 0) / 2)
+    assert drifted(kept_sample(("t", "i", "h"), 20, Kept(after, end))) == pytest.approx((1 / 4 + 0) / 2)
     recent_only = kept_sample(("t", "i", "h"), 20, Kept([[[18, 19]]]))
-    assert np.isnan(reference.kept_figures(recent_only, "heavy")).all()
+    assert np.isnan(kept_figures(recent_only, "heavy")).all()
 
 
 def test_ratio_interval() -> None:
     ones = np.ones(6)
-    assert reference.ratio_interval(3 * ones, ones) == pytest.approx((3, 3, 3))
+    assert ratio_interval(3 * ones, ones) == pytest.approx((3, 3, 3))
     top = np.array([1.0, 1, 1, 3, 3, 3])
-    value, low, high = reference.ratio_interval(top, ones)
+    value, low, high = ratio_interval(top, ones)
     assert value == 2  # 5 draws with replacement: all of them 1 has probability 1/32, beyond the corrected 2.5 %
     assert (low, high) == (1, 3)
-    assert reference.ratio_interval(top, ones * 0)[0] == np.inf
-    assert np.isnan(reference.ratio_interval(top[:4], ones[:4])[1:]).all()
+    assert ratio_interval(top, ones * 0)[0] == np.inf
+    assert np.isnan(ratio_interval(top[:4], ones[:4])[1:]).all()
     # Many samples: about what the normal approximation of the log ratio says.
     draw = np.random.default_rng(0)
     a, b = draw.gamma(4, 1, 400), draw.gamma(4, 1, 400)
-    value, low, high = reference.ratio_interval(a, b)
+    value, low, high = ratio_interval(a, b)
     spread = 1.96 * np.sqrt((a.std() / a.mean()) ** 2 / 400 + (b.std() / b.mean()) ** 2 / 400)
     assert (low, high) == pytest.approx((value * np.exp(-spread), value * np.exp(spread)), rel=0.02)
 

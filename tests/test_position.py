@@ -17,7 +17,7 @@ from src.engine import Engine
 from src.jobs import Generation, Job, Request, Variant
 from src.position import log_slope, octave_means
 from src.prompt_attention import PromptAttention
-from src.retention_summary import score_bias
+from src.retention_records import chosen, score_bias
 
 one_thread = pytest.fixture(scope="module", autouse=True)(naive.one_thread)
 
@@ -55,14 +55,14 @@ def equal_logits(n: int) -> PromptAttention:
 def test_h2o_beside_its_theory(normalise: str) -> None:
     prompt = equal_logits(300)
     found = H2O(normalise=normalise).prompt_measures(prompt, 40)  # type: ignore[arg-type]
-    assert float(found["score_slope"]) == pytest.approx(float(found["score_slope_theory"]), abs=1e-5)
+    assert found["score_slope"].tolist() == pytest.approx([float(found["score_slope_theory"])] * 2, abs=1e-5)
     curve = retention.expected_accumulation(300)[: 300 - 20]  # 20 of the 40 are recent
     if normalise == "none":
         assert float(found["score_slope_theory"]) == pytest.approx(float(retention.log_slope(curve)), abs=1e-6)
         expected = octave_means(torch.tensor(curve.copy()))
         assert found["score_by_octave"].tolist() == pytest.approx(expected.tolist(), abs=1e-5)
     elif normalise == "expectation":
-        assert float(found["score_slope"]) == pytest.approx(0, abs=1e-5)
+        assert found["score_slope"].tolist() == pytest.approx([0, 0], abs=1e-5)
 
 
 def generate(*policies: object) -> list[Generation]:
@@ -75,7 +75,7 @@ def generate(*policies: object) -> list[Generation]:
 def test_recorded_by_layer() -> None:
     h2o, aha, uniform, streaming = generate(H2O(), AhaKV(window=8), Random(), StreamingLLM())
     for result in (h2o, aha, uniform):
-        assert len(result.extra["score_slope"]) == 2  # layers
+        assert np.array(result.extra["score_slope"]).shape == (2, 2)  # layers, KV heads
         assert [len(octaves) for octaves in result.extra["score_by_octave"]] == [8, 8]  # 180 to 192 positions
     assert "score_slope_theory" in h2o.extra and "score_slope_theory" not in aha.extra
     assert not streaming.extra  # it has no score
@@ -85,10 +85,39 @@ def test_recorded_by_layer() -> None:
 
 def test_in_metrics_by_hand() -> None:
     records = [
-        {"score_slope": [-1.0, -0.5], "score_slope_theory": [-0.8, -0.8]},
-        {"score_slope": [-0.6, None], "score_slope_theory": [-0.6, -0.6]},
-        {"score": 3},
+        {"task": "a", "score_slope": [[-1.0], [-0.5]], "score_slope_theory": [-0.8, -0.8]},
+        {"task": "b", "score_slope": [[-0.6], [None]], "score_slope_theory": [-0.6, -0.6]},
+        {"task": "b", "score": 3},
     ]
     found = score_bias(records)["score_slope"]
-    assert found == {"samples": 2, "mean": -0.7, "theory": -0.7, "per_layer": [-0.8, -0.5]}
+    assert found == {
+        "samples": 2, "mean": -0.7, "theory": -0.7, "per_layer": [-0.8, -0.5], "per_head": [[-0.8], [-0.5]],
+        "per_task": {"a": -0.75, "b": -0.6},
+    }  # fmt: skip
     assert score_bias([{"score": 3}]) == {}
+
+
+def test_chosen_tokens_by_hand() -> None:
+    first, last = [0.0] * 64, [0.0] * 64
+    first[0], last[63], last[62] = 1.0, 0.25, 0.75
+    shared = {"chosen_by_layer": [3.0, 5.0], "chosen_share": 0.5}
+    records = [
+        {"task": "a", "chosen_positions": first, **shared},
+        {"task": "b", "chosen_positions": last, "chosen_by_layer": [1.0, 1.0], "chosen_share": 0.25},
+    ]
+    found = chosen(records)["chosen"]
+    assert (found["samples"], found["share"], found["tokens_per_layer"]) == (2, 0.375, [2.0, 3.0])
+    assert found["decile_shares"] == [0.5, *[0] * 8, 0.5]
+    assert found["mean_position"] == pytest.approx((0.5 + 0.25 * 63.5 + 0.75 * 62.5) / 2 / 64, abs=1e-5)
+    # shares 1/2, 3/8, 1/8 against 1/64 each
+    kl = math.log(64) + 0.5 * math.log(0.5) + 0.375 * math.log(0.375) + 0.125 * math.log(0.125)
+    assert found["kl_uniform"] == pytest.approx(kl, abs=1e-5)
+    assert found["per_task"]["a"]["decile_shares"][0] == 1
+    assert chosen([{"score": 3}]) == {}
+
+
+def test_bfloat16_and_negative_scores() -> None:
+    j = torch.arange(1, 400)
+    scores = (1000 / j).bfloat16()
+    assert float(log_slope(scores)) == pytest.approx(-1, abs=0.01)  # positions stay exact
+    assert octave_means(torch.tensor([-1.0, 2.0, 3.0])).isnan().all()

@@ -233,11 +233,13 @@ def test_ctrl_c_finishes_the_samples_in_flight(
     assert metrics(done.folder)["samples"] == 2 and (done.folder / "retention.npz").exists()
     assert "2 of 5 done; the same command goes on" in done.err and "Traceback" not in done.err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert metrics(done.folder)["missing"] == 3
+    assert metrics(done.folder)["missing"] == [["needle", f"needle-0-{i}"] for i in (2, 3, 4)]
     assert "was interrupted with 3 samples missing" in make_study([done.folder]).warnings[0]
+    assert call("run", *arguments, "limit=3").code == 0
+    assert len(metrics(done.folder)["missing"]) == 2  # a smaller call does not forget them
     assert call("run", *arguments).code == 0
     assert predictions(done.folder) == undisturbed
-    assert metrics(done.folder)["missing"] == 0 and not make_study([done.folder]).warnings
+    assert metrics(done.folder)["missing"] == [] and not make_study([done.folder]).warnings
 
 
 def test_ctrl_c_begins_no_further_prompt(base: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,9 +85,9 @@ def make_study(folders: Sequence[Path], baseline: str | None = None) -> Study:
                 scores[row_of[key], column] = record["score"]
     task_of = np.array([tasks.index(key[0]) for key in keys], dtype=int)
     warnings += [
-        f"{run.folder.name} was interrupted with {count} samples missing; launch it again to complete it."
+        f"{run.folder.name} was interrupted with {len(missing)} samples missing; launch it again to complete it."
         for run in runs
-        if (count := run.metrics.get("missing"))
+        if (missing := run.metrics.get("missing"))
     ]
     warnings += more + _sample_warnings(runs, keys, scores, task_of)
     chosen = _choose_baseline(runs, baseline)

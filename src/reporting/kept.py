@@ -41,7 +41,8 @@ def retention_table(analysis: Analysis) -> Table | None:
         *(column for column, _, _ in shown),
     )
     rows = []
-    for row, found in zip(analysis.rows, measured, strict=True):
+    for row, kept in zip(analysis.rows, measured, strict=True):
+        found = {**kept, **kept.get("chosen", {})}
         heavy: dict[str, Any] = found.get("heavy") or {}
         tenths, heavy_tenths = (x.get("decile_shares") or [None] * 10 for x in (found, heavy))
         rows.append(
@@ -58,6 +59,8 @@ def retention_table(analysis: Analysis) -> Table | None:
         "After the prompt, mean over heads, layers, samples. Heavy: without the recent window that all "
         "heads keep. Drift: share of those positions no longer held when decoding ended."
     )
+    if any("chosen" in kept for kept in measured):
+        note += " Where a policy keeps everything and chooses at each step: of the tokens that it chose."
     note += "".join(told for _, _, told in shown)
     return Table("retention", "Where the kept entries lie", columns, tuple(rows), breaks(analysis), note)
 

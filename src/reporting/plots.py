@@ -110,7 +110,8 @@ def score_vs_bytes(analysis: Analysis) -> Figure:
     """Every cell by its cost and its score; the staircase joins those that nothing cheaper beats."""
     figure = new_figure(9.0, 4.2)
     axes = figure.subplots()
-    points = [(row.memory("kv_bytes_mean"), row) for row in analysis.rows]
+    apart = any(row.memory("kv_bytes_device_mean") is not None for row in analysis.rows)
+    points = [(row.memory("kv_bytes_device_mean") or row.memory("kv_bytes_mean"), row) for row in analysis.rows]
     placed = [(x / 2**20, row) for x, row in points if x and not np.isnan(row.average.estimate)]
     if analysis.full:
         band = analysis.full.average
@@ -142,7 +143,8 @@ def score_vs_bytes(analysis: Analysis) -> Figure:
             )
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.set_xlabel("KV cache after the prompt (MiB, mean over samples)")
+    where = " on the device, without codebooks" if apart else ""
+    axes.set_xlabel(f"KV cache{where} after the prompt (MiB, mean over samples)")
     axes.set_ylabel("average score (0 to 100)")
     title = f"Score versus bytes: {_samples(analysis)}; grey: full cache's 95 % interval"
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
@@ -235,7 +237,7 @@ def retention_maps(analysis: Analysis, maps: dict[int, NDArray[np.float64]]) -> 
                 interpolation="nearest",
             )
     used = min(MAP_SAMPLES, len(analysis.study.keys))
-    title = f"Positions kept after the prompt: n = up to {used} samples, mean over KV heads"
+    title = f"Positions kept after the prompt: n = {used} samples (fewer where some failed), mean over KV heads"
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     figure.supxlabel("relative position in the prompt (0 = first token, 1 = last)", fontsize=9)
     if image is not None:

@@ -127,6 +127,8 @@ def label_runs(runs: Sequence[Run]) -> list[Run]:
         changed = [k for k in sorted(run.options) if k in defaults and defaults[k] != run.options[k]]
         shown = changed if defaults else varied
         shown += [k for k in varied if k not in shown and k not in defaults]
+        if "decode_budget" in run.options and "decode_budget" not in shown:
+            shown.append("decode_budget")  # `budget` is the sum, which does not say how it is split
         words = [run.policy, *(f"{k}={_short(run.options[k])}" for k in shown)]
         labelled.append(replace(run, label=" ".join(words if not run.full else words[:1])))
     return _tell_apart(labelled)
