@@ -38,6 +38,7 @@ BUDGET = None  # needed when the study has several
 
 lab.greyscale()
 tables = lab.at_budget(lab.load("bias_study", ROOT, baseline="ahakv", min_prompt=MIN_PROMPT), BUDGET)
+lab.need(tables, "h2o", "snapkv", "ahakv")
 
 # %% [markdown]
 # ## The theory, without a model

@@ -35,6 +35,7 @@ BUDGET = None  # needed when the study has several
 
 lab.greyscale()
 tables = lab.at_budget(lab.load("ahakv_ablation", ROOT, baseline="ahakv"), BUDGET)
+lab.need(tables, "ahakv")
 
 # %% [markdown]
 # ## Differences to plain AhaKV

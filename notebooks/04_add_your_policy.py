@@ -89,6 +89,7 @@ axes.set(
     xlim=(-5, n + 90),
     ylim=(-0.6, 2.6),
 )
+lab.save(figure, "needle")
 
 # %% [markdown]
 # ## Make it part of the house

@@ -18,7 +18,7 @@ from torch import Tensor
 from policies.base import ModelShape, Policy, State, keep_all
 from src.cache import LayerCache
 from src.codebooks import Codebooks, load_codebooks
-from src.quantised_cache import SplitCache
+from src.quantised_cache import SplitCache, encode
 
 if TYPE_CHECKING:
     from src.cache import DecodeStep
@@ -90,13 +90,15 @@ class HCAttention(Policy):
 
     def make_cache(self, prompt: PromptAttention, kept: Tensor, limit: int | None) -> LayerCache:
         plain = LayerCache.from_prompt(prompt.keys, prompt.values, kept, limit)
-        centroids = None
-        if self.quantise_keys:
-            if self.loaded is None:
-                raise ValueError("HCAttention with quantised keys must be bound to a model first (`bind`)")
-            centroids = self.loaded.centroids[prompt.layer]
         kind = torch.int16 if self.key_bits == 16 else torch.uint8
-        return SplitCache.split(plain, centroids, kind, self.offload_values)
+        if not self.quantise_keys:
+            return SplitCache.split(plain, None, kind, self.offload_values)
+        if self.loaded is None:
+            raise ValueError("HCAttention with quantised keys must be bound to a model first (`bind`)")
+        centroids = self.loaded.centroids[prompt.layer]
+        # Variants with the same codebooks share the codes; each cache gets a copy of its own.
+        codes = prompt.once(("codes", self.loaded.digest), lambda: encode(plain.keys, centroids))
+        return SplitCache.split(plain, centroids, kind, self.offload_values, codes)
 
     def start(self, prompt: PromptAttention, kept: Tensor, budget: int) -> State:
         """`picks`: how often each token was chosen, `last`: by what share of the query heads at the last step;

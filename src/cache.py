@@ -254,12 +254,11 @@ class LayerCache:
         self.filled = torch.full_like(self.filled, kept)
         self.mask = self._mask()
 
-    def select(self, lanes: Tensor) -> None:
-        """Keep only these lanes (finished ones leave the batch)."""
+    def select(self, lanes: Tensor, rows: Sequence[int]) -> None:
+        """Keep only these lanes (finished ones leave the batch), given where kernels and where Python read them."""
         self.keys, self.values = self.keys[lanes], self.values[lanes.to(self.values.device)]
         self.positions = self.positions[lanes]
         self.filled = self.filled[lanes]
-        rows = lanes.tolist()
         self.used, self.most_used = [self.used[i] for i in rows], [self.most_used[i] for i in rows]
         self.mask = self._mask()
 

@@ -221,7 +221,7 @@ class Engine:
         if batch.watch is not None:
             row_of = {id(lane): row for row, lane in enumerate(lanes)}
             full = [row_of[id(lanes[row].full or lanes[row])] for row in rows]
-            meter.begin(rows, full, [measured[id(lanes[row])] for row in rows])
+            meter.begin(rows, full, [measured[id(lanes[row])] for row in rows], [targets[row] for row in rows])
         where = [lane.position for lane in lanes]
         batch.position = torch.tensor(where, device=self.model.device, dtype=torch.int32)
         batch.longest = max(where) + 1
@@ -230,7 +230,7 @@ class Engine:
             :, -1
         ]
         batch.t += 1
-        meter.watch_logits(logits, [targets[row] for row in rows])
+        meter.watch_logits(logits)
         chosen = choose(logits, [(lane.result.request, len(lane.result.tokens)) for lane in lanes]).tolist()
         share = (time.perf_counter() - started) / len(lanes)
         for row, (lane, token) in enumerate(zip(lanes, chosen, strict=True)):

@@ -42,19 +42,15 @@ class FidelityMeter:
         self.sums = torch.zeros(lanes, 4, device=device, dtype=torch.float64)  # nll, kl, top1, steps
         self.errors = torch.zeros(lanes, layers, device=device, dtype=torch.float64)
         self._rows: tuple[Tensor, Tensor, Tensor] | None = None
+        self._targets = torch.zeros(0, device=device, dtype=torch.long)
 
-    def begin(self, lane: Sequence[int], full: Sequence[int], index: Sequence[int]) -> None:
-        """Rows of the coming step: those of the fidelity lanes, of their full caches, and their sums' indices."""
-        device = self.sums.device
-        self._rows = (
-            (
-                torch.tensor(lane, device=device),
-                torch.tensor(full, device=device),
-                torch.tensor(index, device=device),
-            )
-            if lane
-            else None
-        )
+    def begin(self, lane: Sequence[int], full: Sequence[int], index: Sequence[int], targets: Sequence[int]) -> None:
+        """The coming step: rows of the fidelity lanes, of their full caches, their sums' indices, and what should
+        come next. Handed over before the forward pass, so that nothing has to wait for it.
+        """
+        found = [torch.tensor(each, device=self.sums.device) for each in (lane, full, index, targets)]
+        self._rows = (found[0], found[1], found[2]) if lane else None
+        self._targets = found[3]
 
     def watch_layer(self, layer: int, out: Tensor) -> None:
         """Attention outputs of one layer, `(lanes, 1, heads, head_dim)`."""
@@ -65,14 +61,13 @@ class FidelityMeter:
         error = (out[lane].flatten(1).double() - truth).norm(dim=-1) / truth.norm(dim=-1).clamp_min(1e-30)
         self.errors[index, layer] += error
 
-    def watch_logits(self, logits: Tensor, targets: Sequence[int]) -> None:
-        """Next-token logits of the whole batch, `(lanes, vocabulary)`, and what should come next."""
+    def watch_logits(self, logits: Tensor) -> None:
+        """Next-token logits of the whole batch, `(lanes, vocabulary)`."""
         if self._rows is None:
             return
         lane, full, index = self._rows
         own, truth = precise(logits[lane]).log_softmax(-1), precise(logits[full]).log_softmax(-1)
-        target = torch.tensor(targets, device=logits.device)
-        nll = -own.gather(1, target[:, None])[:, 0]
+        nll = -own.gather(1, self._targets[:, None])[:, 0]
         kl = (truth.exp() * (truth - own)).sum(-1)
         same = own.argmax(-1) == truth.argmax(-1)
         self.sums[index] += torch.stack([nll, kl, same.to(nll.dtype), torch.ones_like(nll)], dim=1).double()

@@ -109,6 +109,15 @@ def refuse_several_models(tables: Tables) -> None:
         )
 
 
+def need(tables: Tables, *labels: str) -> None:
+    """Refuse a study that lacks one of these cells, or was run without fidelity; the message names what is missing."""
+    missing = [label for label in labels if label not in set(tables.all_tasks["label"])]
+    if missing:
+        raise InputError(f"{tables.study}: no run of {', '.join(missing)} in {tables.source}; this notebook needs them")
+    if tables.all_tasks["kl"].isna().all():
+        raise InputError(f"{tables.study}: the runs in {tables.source} lack fidelity; run them with fidelity=true")
+
+
 def at_budget(tables: Tables, budget: float | None = None) -> Tables:
     """The study at one budget, the full cache beside it.
 

@@ -231,7 +231,7 @@ class Pool:
         device = self.caches[0].keys.device
         index = torch.tensor(keep, device=device)
         for cache in self.caches:
-            cache.select(index)
+            cache.select(index, keep)
         members, start = [], 0
         for m in self.members:
             rows = [i - m.start for i in keep if m.start <= i < m.stop]

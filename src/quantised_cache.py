@@ -50,10 +50,18 @@ class SplitCache(LayerCache):
 
     @classmethod
     def split(
-        cls, plain: LayerCache, centroids: Tensor | None, index_type: torch.dtype = torch.int16, host: bool = True
+        cls,
+        plain: LayerCache,
+        centroids: Tensor | None,
+        index_type: torch.dtype = torch.int16,
+        host: bool = True,
+        codes: Tensor | None = None,
     ) -> SplitCache:
-        """The contents of an ordinary cache."""
-        keys = plain.keys if centroids is None else encode(plain.keys, centroids).to(index_type)
+        """The contents of an ordinary cache; `codes`: of its keys (`encode`), if they are known already."""
+        if centroids is None:
+            keys = plain.keys
+        else:
+            keys = (encode(plain.keys, centroids) if codes is None else codes).to(index_type)
         return cls(keys, plain.values, plain.positions, plain.used, plain.limit, centroids, index_type, host)
 
     def like(self, keys: Tensor, values: Tensor, positions: Tensor, used: Sequence[int]) -> SplitCache:
@@ -93,8 +101,8 @@ class SplitCache(LayerCache):
             self.values = on_host(self.values)
         return added
 
-    def select(self, lanes: Tensor) -> None:
-        super().select(lanes)
+    def select(self, lanes: Tensor, rows: Sequence[int]) -> None:
+        super().select(lanes, rows)
         if self.host:
             self.values = on_host(self.values)
 

@@ -69,6 +69,9 @@ class Session:
                 "overwrite=true: jobs of a cluster may share a results folder and would delete each other's; "
                 "valid: false, or move the old results away"
             )
+        for cell in cells:
+            if cell.variant.policy.foresees == "reference" and not cfg.fidelity:
+                raise InputError(f"policy={cell.shown}: looks at the reference answer; valid with fidelity=true only")
         self.samples = self._samples()
         tracking = Tracking(**cfg.wandb)
         self.model = loaded(json.dumps(OmegaConf.to_container(cfg.model, resolve=True), sort_keys=True))

@@ -98,7 +98,7 @@ def test_ragged_lanes_fill_up_evict_and_grow(limit: int | None) -> None:
     if limit is not None:
         assert stacked.full and stacked.slots == limit
     kept = stacked.positions[[0, 2]]
-    stacked.select(torch.tensor([0, 2]))
+    stacked.select(torch.tensor([0, 2]), [0, 2])
     assert torch.equal(stacked.positions, kept)
     assert stacked.used == [len(lists[0][0]), len(lists[2][0])]
 

@@ -136,6 +136,12 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     assert str(default_path("tiny-llama", 8, 16)) in capsys.readouterr().out
     assert load_codebooks(None, shape_of(loaded), 8, 16).centroids.shape == (2, 2, 8, 16, 2)
     assert codebooks.make(small) == 0 and "there already" in capsys.readouterr().out  # type: ignore[arg-type]
+    with torch.no_grad():
+        next(loaded.model.parameters())[0, 0] += 1  # another checkpoint of the same name: the advice must help
+    with pytest.raises(InputError, match="weights="):
+        load_codebooks(None, shape_of(loaded), 8, 16)
+    assert codebooks.make(small) == 0 and "there already" not in capsys.readouterr().out  # type: ignore[arg-type]
+    assert load_codebooks(None, shape_of(loaded), 8, 16).centroids.shape == (2, 2, 8, 16, 2)
     for setting, value in (("groups", 5), ("centroids", 301), ("centroids", 1)):
         with pytest.raises(InputError, match=f"{setting}={value}.*valid: "):
             codebooks.make(OmegaConf.merge(small, {setting: value}))  # type: ignore[arg-type]

@@ -322,6 +322,30 @@ def test_waves_stay_narrow_after_memory_ran_out(model: Any) -> None:
     assert [g.lanes for g in results] == [2] * 12 and not any(g.error for g in results)
 
 
+def test_waves_widen_again_after_one_long_prompt(model: Any) -> None:
+    hungry = Variant(Hungry(longest=30), 12)
+    jobs = [Job(ask(str(i), 40 if i == 1 else 20, 4, seed=i), [hungry]) for i in range(160)]
+    results = {g.request.name: g for g in Engine(model, 16).run(jobs)}
+    assert [name for name, g in results.items() if g.error] == ["1"]
+    lanes = [results[str(i)].lanes for i in range(160) if i != 1]
+    assert min(lanes) < 8 <= lanes[20] < 16 and max(lanes[100:]) == 16
+
+
+def test_what_is_under_way_is_finished_though_memory_ran_out_and_ctrl_c_came(model: Any) -> None:
+    pressed: list[int] = []
+
+    class Pressed(Engine):
+        def _prefill(self, job: Job) -> Any:
+            lanes = super()._prefill(job)
+            if job.request.name == "1":
+                pressed.append(1)
+            return lanes
+
+    jobs = [Job(ask(str(i), 20, 6, seed=i), [Variant(HungryLater(), 12)]) for i in range(4)]
+    results = list(Pressed(model, 4).run(jobs, stop=lambda: bool(pressed)))
+    assert sorted(g.request.name for g in results) == ["0", "1"] and not any(g.error for g in results)
+
+
 @pytest.mark.parametrize("policy", [Hungry(longest=30), HungryLater()], ids=["prefill", "decoding"])
 def test_nothing_of_the_failed_wave_is_alive_when_it_is_tried_again(
     model: Any, policy: Policy, monkeypatch: pytest.MonkeyPatch
@@ -347,6 +371,8 @@ def test_nothing_of_the_failed_wave_is_alive_when_it_is_tried_again(
 
 def test_other_errors_are_not_taken_for_memory(model: Any) -> None:
     assert not is_out_of_memory(RuntimeError("shape mismatch"))
+    for message in ("CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"):
+        assert is_out_of_memory(RuntimeError(message))
     broken = Variant(Hungry(fails=RuntimeError, message="shape mismatch"), 12)
     with pytest.raises(RuntimeError, match="shape mismatch"):
         run(model, ask("x", 20), broken)

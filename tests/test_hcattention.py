@@ -290,3 +290,9 @@ def test_finished_lanes_leave(model: Any) -> None:
     for r in requests:
         alone = next(Engine(model, 1).run([Job(r, [Variant(Full(), None)])]))
         assert results[r.name].tokens == alone.tokens
+
+
+def test_no_cached_token_was_chosen() -> None:
+    """The incoming token alone may carry the mass; then there is nothing to fetch from the host."""
+    weights, values = torch.zeros(2, 3, 2, 5), torch.randn(2, 3, 5, 8)
+    assert torch.equal(weighted_sum(weights, values), torch.zeros(2, 3, 2, 8))

@@ -11,11 +11,20 @@ from tiny import tiny, tokens
 
 from policies.full import Full
 from policies.h2o import H2O
+from policies.oracle import Oracle
 from policies.scope import Scope
 from src.jobs import Job, Request, SplitBudget, Variant
 from src.kept_over_time import Trace, TracingEngine, trace_path
 
 one_thread = pytest.fixture(scope="module", autouse=True)(naive.one_thread)
+
+
+ENTRIES = {
+    "full": lambda t: 40 + t,
+    "h2o": lambda t: 20,
+    "scope_slide": lambda t: 12 + min(t, 8),
+    "oracle": lambda t: 20 + t,
+}
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +33,7 @@ def traces() -> dict[str, tuple[Any, Trace]]:
         "full": Variant(Full(), None),
         "h2o": Variant(H2O(), 20),
         "scope_slide": Variant(Scope(), SplitBudget(12, 8)),
+        "oracle": Variant(Oracle(), 20),  # a run with the full cache comes first and leaves no trace
     }
     engine = TracingEngine(tiny("llama", torch.float64), 10, every=5)
     asked = Request("x", tokens(40)[0].tolist(), frozenset(), 61)
@@ -39,7 +49,12 @@ def test_shares_are_of_what_was_cached(traces: dict[str, tuple[Any, Trace]]) -> 
     for name, (result, trace) in traces.items():
         assert (trace.prompt_tokens, trace.width) == (40, 1)
         assert trace.steps == list(range(0, 61, 5))
-        entries = {"full": lambda t: 40 + t, "h2o": lambda t: 20, "scope_slide": lambda t: 12 + min(t, 8)}[name]
+        entries = {
+            "full": lambda t: 40 + t,
+            "h2o": lambda t: 20,
+            "scope_slide": lambda t: 12 + min(t, 8),
+            "oracle": lambda t: 20 + t,
+        }[name]
         for step, shares in zip(trace.steps, trace.shares, strict=True):
             assert np.isclose(shares.sum(), entries(step))
             assert not shares[40 + step :].any()

@@ -2,6 +2,8 @@
 
 import json
 import re
+import socket
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,9 @@ import pytest
 import yaml
 from file_server import FileServer
 
+from evals.downloads import download
 from evals.errors import DataError
-from evals.longgenbench import INSTRUCTION, SOURCE_URL
+from evals.longgenbench import INSTRUCTION, SOURCE_URL, check_rows
 from evals.tasks import Sample, load_samples, task_names
 
 ROOT = Path(__file__).parents[1]
@@ -126,11 +129,13 @@ def test_downloaded_once_without_a_folder(
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     handler.files["/LongGenBench/csqa/csqa_40.jsonl"] = json.dumps(row()).encode()
     handler.files["/LongGenBench/gsm8k/gsm8k_30.jsonl"] = b"<html>rate limit</html>"
+    handler.files["/LongGenBench/csqa/csqa_80.jsonl"] = b'{"message": "rate limit"}'
+    handler.files["/LongGenBench/mmlu/mmlu_60.jsonl"] = b""
     for _ in range(2):
         (sample,) = load(None, ["csqa_40"], source_url=f"{address}/LongGenBench/")
         assert sample.answers == ("A", "B")
     assert handler.log == ["/LongGenBench/csqa/csqa_40.jsonl"]
-    for name in ("gsm8k_30", "mmlu_30"):  # an error page, and no such file
+    for name in ("gsm8k_30", "csqa_80", "mmlu_60", "mmlu_30"):  # an error page, a message, nothing, no such file
         with pytest.raises(DataError, match=r"could not be fetched .*tasks\.data_dir .*github\.com/Linking-ai/SCOPE"):
             load(None, [name], source_url=f"{address}/LongGenBench")
     with pytest.raises(DataError, match=r"tasks\.source_url: ftp://x/csqa/csqa_40\.jsonl must begin with https://"):
@@ -142,3 +147,23 @@ def test_the_address_is_the_repository_at_one_commit() -> None:
     conf = yaml.safe_load((ROOT / "conf/tasks/longgenbench.yaml").read_text())
     assert conf["source_url"] == SOURCE_URL
     assert re.search(r"/Linking-ai/SCOPE/[0-9a-f]{40}/data/LongGenBench$", SOURCE_URL)
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 200 OK\r\nContent-Length: 900\r\n\r\n%b", b"nonsense\r\n\r\n"])
+def test_a_cut_answer_is_not_kept(answer: bytes, tmp_path: Path) -> None:
+    """Fewer bytes than announced, though whole rows; and something that is not HTTP."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            connection, _ = server.accept()
+            connection.recv(4096)
+            connection.sendall(answer.replace(b"%b", json.dumps(row()).encode() + b"\n"))
+            connection.close()
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with pytest.raises(DataError, match="could not be fetched"):
+            url = f"http://127.0.0.1:{server.getsockname()[1]}/x"
+            download(url, tmp_path / "x", "tasks.source_url", check_rows, 1 << 20, "Advice")
+        thread.join()
+    assert not list(tmp_path.iterdir())

@@ -12,6 +12,7 @@ from policies.ahakv import AhaKV
 from policies.h2o import H2O
 from policies.random import Random
 from policies.streaming_llm import StreamingLLM
+from policies.vatp import VATP
 from src import retention
 from src.engine import Engine
 from src.jobs import Generation, Job, Request, Variant
@@ -63,6 +64,11 @@ def test_h2o_beside_its_theory(normalise: str) -> None:
         assert found["score_by_octave"].tolist() == pytest.approx(expected.tolist(), abs=1e-5)
     elif normalise == "expectation":
         assert found["score_slope"].tolist() == pytest.approx([0, 0], abs=1e-5)
+
+
+def test_value_norms_have_no_such_theory() -> None:
+    found = VATP(sinks=4).prompt_measures(equal_logits(300), 40)
+    assert set(found) == {"score_slope", "score_by_octave"}
 
 
 def generate(*policies: object) -> list[Generation]:

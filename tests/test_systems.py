@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from cli import call, folders, lines, metrics, predictions
 
 from src import kept_over_time, report
 from src.kept_over_time import Trace, trace_path
 from src.records import load_records
+from src.reporting.runs import label_runs, load_run
 
 ENTRY = 2 * 2 * 2 * 16 * 4  # keys and values, layers, KV heads, head size, float32
 
@@ -89,6 +91,9 @@ def test_a_budget_in_two_parts(common: list[str], tmp_path: Path) -> None:
     done = call("run", *common, "policy=scope_adaptive", f"budget={both}", f"output_root={tmp_path}")
     assert done.code == 0, done.err
     assert done.folder.name.startswith("scope_adaptive-40+6-")
+    config = yaml.safe_load((done.folder / "config.yaml").read_text())
+    assert config["budget"] == {"prompt": 40, "decode": 6} and "decode_budget" not in config["policy"]
+    assert label_runs([load_run(done.folder)])[0].label == "scope_adaptive decode_budget=6"
     done = call("sweep", *common, "policies=[scope_slide]", f"budgets=[{both},50]", f"output_root={tmp_path}")
     assert done.code == 0, done.err
     assert len(folders(tmp_path)) == 3
@@ -110,9 +115,8 @@ def test_chosen_tokens_over_time(swept: Path) -> None:
     found = next(path for name, path in folders(swept).items() if name.startswith("hcattention"))
     for record in lines(found):
         trace = Trace.load(trace_path(found, record["task"], record["id"]))
-        assert trace.steps == list(range(0, record["new_tokens"], 2))
-        assert np.sum(trace.shares[0]) * trace.width == pytest.approx(record["prompt_tokens"])
-        for step, shares in zip(trace.steps[1:], trace.shares[1:], strict=True):
+        assert trace.steps == list(range(2, record["new_tokens"], 2))  # at 0 nothing had been chosen yet
+        for step, shares in zip(trace.steps, trace.shares, strict=True):
             assert np.sum(shares) * trace.width == pytest.approx(record["chosen_by_step"][step - 1], abs=0.01)
 
 
@@ -121,11 +125,13 @@ def test_traces_can_be_asked_for_later(common: list[str], tmp_path: Path) -> Non
     first = call(*command)
     assert first.code == 0 and not (first.folder / "kept_over_time").exists()
     answers = [r["prediction"] for r in load_records(first.folder)]
-    for _ in range(2):
-        done = call(*command, "kept_over_time=2")
-        assert done.code == 0 and len(list((done.folder / "kept_over_time").glob("*.npz"))) == 2
+    for every, written in ((2, 4), (2, 4), (3, 6)):  # once for each interval
+        done = call(*command, f"kept_over_time={every}")
+        traces = [Trace.load(path) for path in (done.folder / "kept_over_time").glob("*.npz")]
+        assert done.code == 0 and [trace.every for trace in traces] == [every, every]
         assert [r["prediction"] for r in load_records(done.folder)] == answers
-        assert len((done.folder / "predictions.jsonl").read_text().splitlines()) == 4  # written anew once, not twice
+        assert len((done.folder / "predictions.jsonl").read_text().splitlines()) == written
+    assert call(*command, "overwrite=true").code == 0 and not (done.folder / "kept_over_time").exists()
 
 
 def test_a_report_without_any_budget(swept: Path, tmp_path: Path) -> None:
@@ -145,7 +151,14 @@ def test_the_kept_set_over_time(swept: Path, tmp_path: Path, capsys: pytest.Capt
     assert out.read_bytes()[:4] == b"\x89PNG"
     assert kept_over_time.main([str(out), *found, "--sample", "other"]) == 2
     assert "needle-needle-0-0" in capsys.readouterr().err
-    assert kept_over_time.main([str(out), str(tmp_path)]) == 2
+    for arguments in (
+        [str(out), str(tmp_path)],
+        [str(out)],
+        [str(tmp_path / "x.foo"), *found],
+        ["/proc/x.png", *found],
+    ):
+        assert kept_over_time.main(arguments) == 2
+        assert capsys.readouterr().err.count("\n") == 1
 
 
 REFUSED: dict[str, tuple[list[str], list[str]]] = {
