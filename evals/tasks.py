@@ -1,13 +1,7 @@
-"""What a task and a sample are, and the one door to all suites: `load_samples`."""
+"""What a task and a sample are."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
-
-from evals.errors import DataError
-
-SUITES = ("pocket", "longbench", "longbench_en", "longbench_zh", "longgenbench")
-BROKEN_ROWS = ("refuse", "record")  # what becomes of a malformed row: nothing is loaded | a sample that has failed
 
 
 @dataclass(frozen=True)
@@ -51,85 +45,3 @@ class Sample:
     def reference(self) -> str:
         """What measures that read a reference output along read: the first answer, unless the suite says otherwise."""
         return self.extra.get("reference") or self.answers[0]
-
-
-def load_samples(
-    suite: str,
-    names: list[str] | None,
-    limit: int | None,
-    data_dir: str | None,
-    seed: int,
-    broken: str = "refuse",
-    **options: Any,
-) -> list[Sample]:
-    """The samples of the named tasks (all of the suite without names), at most `limit` a task.
-
-    Samples come in the order of the files, so a larger limit extends a smaller one. `seed` matters to `pocket` only,
-    whose samples are generated. `options` are the suite's own further settings (the other keys of conf/tasks/*.yaml).
-
-    A malformed row anywhere in a file is a DataError that names file and line; with `broken="record"` it is a sample
-    with that line as its `error`, so that the others can run.
-    """
-    from evals import longbench, longgenbench, pocket
-
-    if limit is not None and limit < 1:
-        raise DataError(f"limit={limit}: must be 1 or more, or null for every sample")
-    if broken not in BROKEN_ROWS:
-        raise DataError(f"broken_rows={broken}: valid: {', '.join(BROKEN_ROWS)}")
-    chosen = choose_names(suite, names)
-    if suite == "pocket":
-        samples = pocket.load(chosen, limit, seed, **known(suite, options, ()))
-    elif suite.startswith("longbench"):
-        settings = known(suite, options, ("config_dir", "config_url", "hub_repo", "hub_revision"))
-        samples = longbench.load(chosen, limit, data_dir, broken=broken, **settings)
-    else:
-        settings = known(suite, options, ("reference_rows", "source_url"))
-        samples = longgenbench.load(chosen, limit, data_dir, broken=broken, **settings)
-    return [with_prompt(sample, broken) for sample in samples]
-
-
-def with_prompt(sample: Sample, broken: str) -> Sample:
-    """The sample; one without a single character to ask is malformed too."""
-    if sample.error or sample.prompt:
-        return sample
-    error = f"task {sample.task.name}, sample {sample.id}: the prompt is empty"
-    if broken == "refuse":
-        raise DataError(error)
-    return replace(sample, error=error)
-
-
-def known(suite: str, options: Mapping[str, Any], valid: tuple[str, ...]) -> dict[str, Any]:
-    """The options, or an error that names the one that this suite does not have."""
-    for name in options:
-        if name not in valid:
-            raise DataError(f"tasks.{name}: no setting of suite {suite}; it has {', '.join(valid) or 'none'}")
-    return dict(options)
-
-
-def choose_names(suite: str, names: list[str] | None) -> list[str]:
-    valid = task_names(suite)
-    if names is None:
-        # By default LongGenBench means its shorter half, as "4K" does in the paper.
-        return [name for name in valid if suite != "longgenbench" or not name.endswith(("_60", "_80"))]
-    for name in names:
-        if name not in valid:
-            raise DataError(f"tasks.names={name}: no task of suite {suite}; valid: {', '.join(valid)}")
-    if not names:
-        raise DataError(f"tasks.names=[]: name at least one of {', '.join(valid)}, or null for all")
-    return list(dict.fromkeys(names))
-
-
-def task_names(suite: str) -> list[str]:
-    """The task names of a suite or language group (longbench_en, longbench_zh), in the official order."""
-    from evals import longbench, longgenbench, pocket
-
-    groups = {
-        "pocket": list(pocket.TASKS),
-        "longbench": list(longbench.TASKS),
-        "longbench_en": [name for name in longbench.TASKS if name not in longbench.CHINESE],
-        "longbench_zh": [name for name in longbench.TASKS if name in longbench.CHINESE],
-        "longgenbench": list(longgenbench.TASKS),
-    }
-    if suite not in groups:
-        raise DataError(f"tasks.suite={suite}: unknown; valid: {', '.join(groups)}")
-    return groups[suite]

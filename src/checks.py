@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from evals.metrics import EDIT_SIMILARITIES
-from evals.tasks import BROKEN_ROWS
+from evals.suites import BROKEN_ROWS
 from src.errors import InputError
 from src.retention_store import MODES as RETENTION
 from src.tracking import MODES as WANDB

@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import matplotlib
 import numpy as np
@@ -25,10 +25,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from src.engine import REFERENCE, Engine, Lane
 from src.errors import InputError
-from src.jobs import Generation
-from src.lanes import LaneBatch
 from src.records import TRACES
 from src.reporting.data import Study
 from src.reporting.figures import LOOK, new_figure, plain_text
@@ -84,52 +81,6 @@ class Trace:
                 return cls(prompt_tokens, width, every, found["steps"].tolist(), list(found["shares"]))
         except (OSError, ValueError, KeyError, zipfile.BadZipFile):
             raise InputError(f"{path}: not a trace of kept positions (or damaged); run it again") from None
-
-
-class TracingEngine(Engine):
-    """An engine that keeps a `Trace` of every lane it has not handed out yet.
-
-    Args:
-        every: output tokens between two looks.
-    """
-
-    def __init__(self, model: Any, max_lanes: int, every: int) -> None:
-        super().__init__(model, max_lanes)
-        self.every = every
-        self._traces: dict[tuple[str, int], tuple[Generation, Trace]] = {}
-
-    def _step(self, batch: LaneBatch, lanes: list[Lane], *rest: Any) -> None:
-        super()._step(batch, lanes, *rest)
-        if batch.t % self.every:
-            return
-        for row, lane in enumerate(lanes):
-            if lane.targets is None and lane.result.variant is not REFERENCE:
-                caches, at = batch.locate(row)
-                kept = [c.positions[at, :, : c.used[at]] for c in caches]
-                chosen, trace = batch.attended(row), self._of(lane.result)
-                if chosen is not None:
-                    chosen = [share[:, : layer.shape[1]] for share, layer in zip(chosen, kept, strict=True)]
-                    if trace.steps == [0]:  # that everything was kept says nothing about what was chosen
-                        trace.steps.clear()
-                        trace.shares.clear()
-                trace.note(batch.t, kept, chosen)
-
-    def trace(self, result: Generation) -> Trace:
-        """A finished or failed lane's, once."""
-        trace = self._of(result)
-        del self._traces[result.request.name, id(result.variant)]
-        return trace
-
-    def _of(self, result: Generation) -> Trace:
-        request, key = result.request, (result.request.name, id(result.variant))
-        found = self._traces.get(key)
-        if found is None or found[0] is not result:  # another try, after memory ran out, starts afresh
-            width = -(-(len(request.ids) + request.max_new_tokens) // BINS)
-            scope = len(request.ids) if request.context_tokens is None else request.context_tokens
-            found = self._traces[key] = (result, Trace(scope, width, self.every))
-            if result.kept_prompt:
-                found[1].note(0, result.kept_prompt)
-        return found[1]
 
 
 def trace_path(run: Path, task: str, sample: str) -> Path:

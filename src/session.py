@@ -18,19 +18,21 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from evals.tasks import Sample, load_samples
+from evals.suites import load_samples
+from evals.tasks import Sample
 from src.binding import bind
 from src.cluster import distributed
 from src.engine import Engine
 from src.environment import environment
 from src.errors import InputError
 from src.jobs import Job
-from src.kept_over_time import Trace, TracingEngine, trace_path
+from src.kept_over_time import Trace, trace_path
 from src.models import LoadedModel, load_model
 from src.progress import Progress
 from src.records import Kept, RunFolder, run_path
 from src.samples import Prepared, malformed_record, prepare, refuse_missing_references, to_record, to_request
 from src.settings import CellConfig
+from src.tracing import TracingEngine
 from src.tracking import Tracker, Tracking
 
 

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from evals.errors import DataError
-from evals.tasks import task_names
+from evals.suites import task_names
 from policies.base import Policy
 from src.cluster import EXTRAS, Outcome, distributed, report, run_job
 from src.errors import InputError

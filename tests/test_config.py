@@ -9,7 +9,7 @@ import yaml
 from cli import call
 from omegaconf import OmegaConf
 
-from evals.tasks import task_names
+from evals.suites import task_names
 from policies.base import Policy
 from src import settings
 from src.checks import check_settings

@@ -14,7 +14,8 @@ from policies.h2o import H2O
 from policies.oracle import Oracle
 from policies.scope import Scope
 from src.jobs import Job, Request, SplitBudget, Variant
-from src.kept_over_time import Trace, TracingEngine, trace_path
+from src.kept_over_time import Trace, trace_path
+from src.tracing import TracingEngine
 
 one_thread = pytest.fixture(scope="module", autouse=True)(naive.one_thread)
 

@@ -10,7 +10,8 @@ import torch
 from omegaconf import OmegaConf
 from tiny import tiny_loaded
 
-from evals.tasks import Sample, load_samples
+from evals.suites import load_samples
+from evals.tasks import Sample
 from policies.full import Full
 from policies.h2o import H2O
 from policies.scope import Scope

@@ -18,7 +18,7 @@ from file_server import FileServer
 from evals import longbench, longgenbench, pocket
 from evals.errors import DataError
 from evals.longbench_files import unpack
-from evals.tasks import load_samples, task_names
+from evals.suites import load_samples, task_names
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = {"hotpotqa": "Passages:\n{context}\nQ: {input}\nA: ", "lcc": "Code \n{context}Next:\n"}
@@ -231,7 +231,7 @@ def test_broken_and_empty_archives(tmp_path: Path) -> None:
 LOAD = """
 import sys
 from evals.errors import DataError
-from evals.tasks import load_samples
+from evals.suites import load_samples
 try:
     samples = load_samples("longbench", ["hotpotqa"], None, None, 0, config_url=sys.argv[1])
     print(len(samples), samples[0].task.max_new_tokens, repr(samples[0].prompt))

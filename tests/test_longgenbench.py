@@ -15,7 +15,8 @@ from file_server import FileServer
 from evals.downloads import download
 from evals.errors import DataError
 from evals.longgenbench import INSTRUCTION, SOURCE_URL, check_rows
-from evals.tasks import Sample, load_samples, task_names
+from evals.suites import load_samples, task_names
+from evals.tasks import Sample
 
 ROOT = Path(__file__).parents[1]
 

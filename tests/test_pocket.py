@@ -11,7 +11,8 @@ from evals import pocket
 from evals.errors import DataError
 from evals.metrics import score_sample
 from evals.prompts import encode, find
-from evals.tasks import Sample, load_samples
+from evals.suites import load_samples
+from evals.tasks import Sample
 from src.models import load_model, model_settings
 
 NAMES = tuple(pocket.TASKS)

@@ -11,7 +11,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from evals.errors import DataError
 from evals.prompts import encode
-from evals.tasks import Sample, Task, load_samples
+from evals.suites import load_samples
+from evals.tasks import Sample, Task
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # Like Llama-3's: the template writes the BOS and strips the message.

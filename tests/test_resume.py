@@ -4,8 +4,11 @@ import random
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from cli import call, count_lines, folders, lines, metrics, predictions, start, table, wait_for_lines
+
+from src.kept_over_time import Trace, trace_path
 
 KILLED = -9
 
@@ -45,7 +48,7 @@ def test_sweep_killed_five_times(base: list[str], tmp_path: Path) -> None:
     moments = random.Random(0)
     root = tmp_path / "results"
     grid = ["policies=[full,h2o,streaming_llm,ahakv]", "budgets=[40]", "max_lanes=8"]
-    arguments = [*base, *grid, "limit=10", "max_new_tokens=60"]
+    arguments = [*base, *grid, "limit=10", "max_new_tokens=60", "fidelity=true", "kept_over_time=20"]
     total = 4 * 10
     for i in range(1, 6):
         count = i * total // 6 - moments.randint(0, 3)
@@ -60,6 +63,10 @@ def test_sweep_killed_five_times(base: list[str], tmp_path: Path) -> None:
     for name in ours:
         assert predictions(ours[name]) == predictions(theirs[name]) and len(lines(ours[name])) == 10
         assert table(ours[name]) == table(theirs[name])
+        for record in lines(ours[name]):
+            both = [Trace.load(trace_path(run[name], record["task"], record["id"])) for run in (ours, theirs)]
+            assert both[0].steps == both[1].steps and np.array_equal(both[0].shares, both[1].shares)
+        assert not list(ours[name].rglob("*.npz.part"))
 
 
 def test_torn_last_line_is_repaired(base: list[str], caplog: pytest.LogCaptureFixture) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import matplotlib.image
@@ -11,7 +12,9 @@ import torch
 
 from src import retention
 from src.errors import InputError
+from src.reference_retention import needles, octave_table, slopes
 from src.retention_plots import plot_retention
+from src.retention_records import needle
 from src.retention_store import (
     Journal,
     Kept,
@@ -398,3 +401,39 @@ def test_the_picture_is_drawn_for_any_run(tmp_path: Path) -> None:
         pixels = matplotlib.image.imread(path)
         assert pixels.shape[0] > 500
         assert pixels.std() > 0.05
+
+
+def test_needles_in_metrics_and_tables_by_hand() -> None:
+    """Two samples of two heads; the third has no needle and counts nowhere."""
+    first = sample(10, [[3, 4, 5, 6], [3, 9]], end=[[3, 4, 9, 10], [9, 10]])
+    second = sample(10, [[0, 1], [8, 9]], key=("qa", "2", "aa"))
+    records = [
+        {"task": "qa", "id": "1", "needle": [3, 7]},
+        {"task": "qa", "id": "2", "needle": [0, 1]},
+        {"task": "qa", "id": "3"},
+    ]
+    found = needle([first, second], records)["needle"]
+    assert found["samples"] == 2
+    assert found["after_prompt"] == pytest.approx(((1 + 0.25) / 2 + (1 + 0) / 2) / 2, abs=1e-5)
+    assert found["per_task"] == {"qa": found["after_prompt"]}
+    assert needle([first], [{"task": "qa", "id": "1"}]) == {}
+
+
+def test_a_studys_figures_by_hand() -> None:
+    """What src/reference.py makes of records: slopes as means over layers and heads, octaves that all prompts reach."""
+    first, second = sample(10, [[3, 4, 5, 6], [3, 9]]), sample(10, [[0, 1], [8, 9]], key=("qa", "2", "aa"))
+    records = {
+        first.key: {
+            "needle": [3, 7],
+            "score_slope": [[-1.0, -0.5], [0.0, None]],
+            "score_by_octave": [[4, 2], [2, None]],
+        },
+        second.key: {"score_slope": [[1.0, 1.0], [1.0, 1.0]], "score_by_octave": [[1, 1, 9], [3, 1, 9]]},
+    }
+    run: Any = SimpleNamespace(records=records, model="m", policy="h2o", label="h2o kernel=1", budget=4, full=False)
+    assert needles(run, [first, second]) == {"needle": [(1 + 0.25) / 2], "needle_end": [(1 + 0.25) / 2]}
+    assert slopes(run, set(records))["score_slope"] == pytest.approx([-0.5, 1])
+    study: Any = SimpleNamespace(runs=[run], keys=list(records))
+    table = octave_table(study, 1000)
+    assert table["first"].tolist() == [1, 2] and set(table["options"]) == {"kernel=1"}
+    assert table["value"].tolist() == pytest.approx([(3 + 2) / 2, (2 + 1) / 2])

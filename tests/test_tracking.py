@@ -332,3 +332,27 @@ def test_long_tables_are_thinned_evenly(run: Path) -> None:
     tracker.finish({**METRICS, "retention": {}}, [{**RECORD, "id": str(i)} for i in range(95)])
     table = json.loads(next(run.rglob("*.table.json")).read_text())
     assert [row[1] for row in table["data"]] == [str(i) for i in range(0, 95, 10)]
+
+
+def test_what_the_summary_says_of_scores_needles_and_choices() -> None:
+    kept = {
+        "needle": {"samples": 2, "after_prompt": 0.5, "per_layer": [0.25, 0.75]},
+        "score_slope": {"mean": -0.2, "theory": None, "per_head": [[1.0]], "per_task": {"qa": -0.2}},
+        "chosen": {"share": 0.1, "histogram": [0.5, 0.5], "per_task": {"qa": {"histogram": [1, 0], "gini": 0.5}}},
+    }
+    tasks = {"qa": {"score": 1.0, "extra_scores": {"by_number": 40.0}}}
+    found = tracking.summary({"retention": kept, "tasks": tasks, "fidelity": {"output_error": [0.1, 0.3]}})
+    assert found == {
+        "score/qa": 1.0,
+        "extra_score/qa/by_number": 40.0,
+        "fidelity/output_error/00": 0.1,
+        "fidelity/output_error/01": 0.3,
+        "retention/needle/samples": 2,
+        "retention/needle/after_prompt": 0.5,
+        "retention/needle/per_layer/00": 0.25,
+        "retention/needle/per_layer/01": 0.75,
+        "retention/score_slope/mean": -0.2,
+        "retention/score_slope/per_task/qa": -0.2,
+        "retention/chosen/share": 0.1,
+        "retention/chosen/per_task/qa/gini": 0.5,
+    }
