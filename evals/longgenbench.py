@@ -56,6 +56,7 @@ def make_task(name: str) -> Task:
         first_line=False,
         stop_at_newline=False,
         only_eos=True,
+        version=2,
         min_new_tokens=1,
     )
 

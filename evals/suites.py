@@ -8,7 +8,6 @@ from evals import longbench, longgenbench, pocket
 from evals.errors import DataError
 from evals.tasks import Sample
 
-SUITES = ("pocket", "longbench", "longbench_en", "longbench_zh", "longgenbench")
 BROKEN_ROWS = ("refuse", "record")  # what becomes of a malformed row: nothing is loaded | a sample that has failed
 
 

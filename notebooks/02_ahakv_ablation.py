@@ -48,7 +48,7 @@ def paired(name: str):
 
 
 kl, score = paired("kl"), paired("score")
-order = (kl if len(kl) else score).sort_values("difference").index
+order = kl.sort_values("difference").index
 n = int(score["n"].max())
 figure, panels = plt.subplots(1, 2, figsize=(8.5, 0.8 + 0.24 * len(order)), sharey=True)
 for axes, frame, what in zip(panels, (kl, score), ("KL(full || policy), nats", "score, points"), strict=True):

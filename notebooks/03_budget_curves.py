@@ -49,9 +49,8 @@ for axes, name, what in zip(panels, ("score", "kl"), ("score (0 to 100)", "KL(fu
     axes.set_xscale("log", base=2)
     axes.set_xticks(tables.budgets, [f"{b:g}" for b in tables.budgets])
     axes.set(xlabel="budget (entries per layer and KV head)", ylabel=what)
-if len(full):
-    panels[0].axhline(full["score"].iloc[0], color="0.0", linewidth=1)
-    panels[0].text(tables.budgets[0], full["score"].iloc[0], "full cache", va="bottom", fontsize=7)
+panels[0].axhline(full["score"].iloc[0], color="0.0", linewidth=1)
+panels[0].text(tables.budgets[0], full["score"].iloc[0], "full cache", va="bottom", fontsize=7)
 panels[0].set_title(f"{tables.facts()}; grey band: 95 % of ahakv and snapkv", fontsize=8)
 figure.legend(*panels[1].get_legend_handles_labels(), loc="outside right upper", fontsize=7, handlelength=3.5)
 lab.save(figure, "curves")
@@ -70,8 +69,7 @@ axes.set(xlabel="keys and values after the prompt (MiB)", ylabel="KL(full || pol
 axes.set_title(tables.facts())
 figure.legend(loc="outside right upper", fontsize=7, handlelength=3.5)
 lab.save(figure, "bytes")
-if len(full):
-    print(f"full cache: {full['kv_bytes'].iloc[0] / 2**20:.1f} MiB per prompt")
+print(f"full cache: {full['kv_bytes'].iloc[0] / 2**20:.1f} MiB per prompt")
 
 # %% [markdown]
 # ## Is the oracle an upper bound?

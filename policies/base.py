@@ -83,6 +83,7 @@ class Policy(ABC):
         own_pool: lanes of this policy share their cache with no other policy's. Needed by those that give
             `room`, `prune` or `make_cache`.
         may_refuse: `evict` may turn the incoming token away instead of giving it a slot.
+        chooses: at each step only some of the cached tokens are attended to; `attended` says which.
     """
 
     evicts_while_decoding: ClassVar[bool] = False
@@ -90,6 +91,7 @@ class Policy(ABC):
     uses_decode_budget: ClassVar[bool] = False
     own_pool: ClassVar[bool] = False
     may_refuse: ClassVar[bool] = False
+    chooses: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check every setting against its annotation; ValueError names the setting and what would be valid."""

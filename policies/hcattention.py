@@ -63,6 +63,7 @@ class HCAttention(Policy):
     loaded: Codebooks | None = field(default=None, compare=False, repr=False)
     uses_budget: ClassVar[bool] = False
     own_pool: ClassVar[bool] = True
+    chooses: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -80,8 +80,11 @@ def read_codebooks(file: Path, changed: int) -> tuple[Tensor, dict[str, str], st
 
 
 def made_for(file: Path, model: ModelShape, groups: int, centroids: int) -> bool:
-    """Whether the file's codebooks are this model's; one of another checkpoint of the same name is replaced."""
-    found = read_codebooks(file, file.stat().st_mtime_ns)[1]
+    """Whether the file's codebooks are this model's. In the cache folder those of another checkpoint are replaced."""
+    try:
+        found = read_codebooks(file, file.stat().st_mtime_ns)[1]
+    except InputError:
+        return False
     return all(found.get(name) == value for name, value in describe(model, groups, centroids).items())
 
 
@@ -161,9 +164,15 @@ def make(cfg: DictConfig) -> int:
     if not 2 <= cfg.centroids <= min(tokens, 2**15):
         raise InputError(f"centroids={cfg.centroids}: valid: 2 to {min(tokens, 2**15)} (sampled tokens, 15 bits)")
     file = Path(cfg.output).expanduser() if cfg.output else default_path(shape.name, cfg.groups, cfg.centroids)
-    if file.exists() and not cfg.overwrite and made_for(file, shape, cfg.groups, cfg.centroids):
-        print(f"there already: {file} (overwrite=true fits anew)")
-        return 0
+    if file.exists() and not cfg.overwrite:
+        if made_for(file, shape, cfg.groups, cfg.centroids):
+            print(f"there already: {file} (overwrite=true fits anew)")
+            return 0
+        if cfg.output:
+            raise InputError(
+                f"output={file}: holds something else than codebooks of this model and these settings; "
+                "valid: another file, or overwrite=true"
+            )
     texts = []
     for number in range(cfg.samples):
         text = "\n".join(passage(random.Random(f"{cfg.seed} {number}"), 8 * cfg.sample_tokens))

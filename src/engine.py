@@ -24,6 +24,8 @@ from src.lanes import Cell, Fork, LaneBatch, Pool, Prefill, Rotate
 from src.memory import MemoryMeter, is_out_of_memory
 from src.rotary import Rotary
 
+PATIENCE = 8  # waves that must have fitted before wider ones are tried again
+
 
 class Lane:
     """A lane's way through a wave.
@@ -96,12 +98,16 @@ class Engine:
             InputError: an empty prompt, a model that cannot be served, logits that are not numbers.
         """
         wave: list[Job] = []
-        most = self.max_lanes
+        most, fitting = self.max_lanes, 0
         for job in jobs:
-            if wave and lanes_of(*wave, job) > most:
+            if wave and sum(j.lanes for j in (*wave, job)) > most:
                 fitted = yield from self._wave(wave, stop)
-                # A wave as wide would fail again, unless one long prompt was to blame: wider by and by.
-                most = min(self.max_lanes, most + most // 8) if fitted else max(1, lanes_of(*wave) // 2)
+                # A wave as wide would fail again, unless one long prompt was to blame: then it may be tried later.
+                fitting = fitting + 1 if fitted else 0
+                if not fitted:
+                    most = max(1, min(most, sum(j.lanes for j in wave)) // 2)
+                elif fitting % PATIENCE == 0:
+                    most = min(self.max_lanes, 2 * most)
                 wave = []
             wave.append(job)
         if wave:
@@ -254,11 +260,6 @@ class Engine:
 
 
 REFERENCE = Variant(Full(), None)  # the full-cache lane that exists only to be compared with
-
-
-def lanes_of(*jobs: Job) -> int:
-    """Lanes that these jobs take together; a reference answer is read by lanes of its own."""
-    return sum(len(job.variants) * (2 if job.request.reference else 1) for job in jobs)
 
 
 def fidelity_lanes(lanes: list[Lane], forks: list[Fork], logits: Tensor, question: list[int]) -> list[Lane]:

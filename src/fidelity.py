@@ -8,21 +8,11 @@ every step the lane's next-token distribution and attention outputs are compared
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from src.prompt_attention import precise
-
-
-@dataclass
-class Comparison:
-    """A fidelity lane's sums so far. `lane` and `full` are rows of the batch at present."""
-
-    lane: int
-    full: int
-    target: int  # the reference token that should come next, -1: nothing to measure at this step
 
 
 class FidelityMeter:

@@ -116,8 +116,15 @@ class Request:
 
 @dataclass(frozen=True)
 class Job:
+    """A request, and the variants that it is wanted under."""
+
     request: Request
     variants: Sequence[Variant]
+
+    @property
+    def lanes(self) -> int:
+        """How many it takes; a reference answer is read by lanes of its own."""
+        return len(self.variants) * (2 if self.request.reference else 1)
 
 
 @dataclass

@@ -4,15 +4,17 @@
 `kept_over_time/<task>-<id>.npz` into the run's folder. Of policies that keep everything and choose anew at each step
 it notes what was attended to (`Policy.attended`). A report shows one sample; several runs of any sample:
 
-    python -m src.kept_over_time OUT.png RUN_TRACES RUN_TRACES ... [--sample gsm8k_30-0]
+    python -m src.kept_over_time OUT.png RUN_FOLDER RUN_FOLDER ... [--sample gsm8k_30-0]
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import sys
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,7 +68,7 @@ class Trace:
     def save(self, path: Path) -> None:
         """Whole or not at all."""
         path.parent.mkdir(exist_ok=True)
-        shares = np.stack(self.shares).astype(np.float32) if self.shares else np.zeros((0, BINS), np.float32)
+        shares = np.array(self.shares, dtype=np.float32).reshape(-1, BINS)
         numbers = np.array([self.prompt_tokens, self.width, self.every])
         with path.with_suffix(".part").open("wb") as file:
             np.savez_compressed(file, shares=shares, steps=np.array(self.steps, dtype=int), numbers=numbers)
@@ -79,7 +81,7 @@ class Trace:
             with np.load(path, allow_pickle=False) as found:
                 prompt_tokens, width, every = found["numbers"].tolist()
                 return cls(prompt_tokens, width, every, found["steps"].tolist(), list(found["shares"]))
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile):
             raise InputError(f"{path}: not a trace of kept positions (or damaged); run it again") from None
 
 
@@ -87,6 +89,15 @@ def trace_path(run: Path, task: str, sample: str) -> Path:
     return run / TRACES / (re.sub(r"[^\w.-]", "_", f"{task}-{sample}") + ".npz")
 
 
+def made_with(path: Path, every: int) -> bool:
+    """Is there a readable trace with this interval?"""
+    try:
+        return Trace.load(path).every == every
+    except InputError:
+        return False
+
+
+@matplotlib.rc_context(LOOK)
 def draw(traces: Mapping[str, Trace], title: str) -> Figure:
     """A panel per run: tokens read across, positions of the text upwards, the line is the end of the prompt."""
     columns = min(len(traces), COLUMNS)
@@ -96,7 +107,7 @@ def draw(traces: Mapping[str, Trace], title: str) -> Figure:
     image = None
     for axis in panels.flat[len(traces) :]:
         axis.set_visible(False)
-    longest = max((trace.steps[-1] for trace in traces.values() if trace.steps), default=0)
+    longest = max((trace.steps[-1] + trace.every for trace in traces.values() if trace.steps), default=1)
     for axis, (name, trace) in zip(panels.flat, traces.items(), strict=False):
         if trace.steps:  # none: the answer ended before the first look
             shares = np.stack(trace.shares).T
@@ -106,7 +117,7 @@ def draw(traces: Mapping[str, Trace], title: str) -> Figure:
             image = axis.pcolormesh(steps, edges, 100 * shares, norm=norm, cmap="cividis", rasterized=True)
         axis.axhline(trace.prompt_tokens, color="white", linewidth=0.8)
         axis.set_title(plain_text(name), fontsize=8)
-        axis.set(ylim=(0, trace.prompt_tokens + longest), xlim=(0, max(longest, 1)))
+        axis.set(ylim=(0, trace.prompt_tokens + longest), xlim=(0, longest))
         axis.tick_params(labelsize=8)
     figure.supxlabel("output tokens read", fontsize=9)
     figure.supylabel("position in the text (tokens)", fontsize=9)
@@ -132,9 +143,13 @@ def of_study(study: Study) -> Figure | None:
     samples = common_samples([run.folder for run in runs])
     if not samples:
         return None
-    traces = {run.cell: Trace.load(run.folder / TRACES / f"{samples[0]}.npz") for run in runs}
-    with matplotlib.rc_context(LOOK):
-        return draw(traces, title_of(samples[0]))
+    traces = {}
+    for run in runs:
+        with contextlib.suppress(InputError):  # a damaged one must not cost the report
+            traces[run.cell] = Trace.load(run.folder / TRACES / f"{samples[0]}.npz")
+    if not traces:
+        return None
+    return draw(traces, title_of(samples[0]))
 
 
 def title_of(sample: str) -> str:
@@ -177,12 +192,12 @@ def main(arguments: Sequence[str]) -> int:
         traces = {
             name: Trace.load(run / TRACES / f"{sample}.npz") for name, run in zip(names, wanted.runs, strict=True)
         }
-        draw(traces, title_of(str(sample))).savefig(wanted.out, dpi=150)
+        try:
+            draw(traces, title_of(str(sample))).savefig(wanted.out, dpi=150)
+        except OSError as error:
+            raise InputError(f"{wanted.out}: cannot be written ({error.strerror})") from None
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.filename}: cannot be written ({error.strerror})", file=sys.stderr)
         return 2
     print(f"picture: {wanted.out}")
     return 0

@@ -15,7 +15,7 @@ def log_slope(scores: Tensor) -> Tensor:
     """Least-squares slope of ln(score) against ln(position), `(..., n)` -> `(...)`; positions count from 1.
 
     0: no preference; -1: the score falls like 1 / position. Scores of 0 (no logarithm) and of infinity (protected
-    tokens) are left out; NaN where fewer than two are left.
+    tokens) are left out; NaN where fewer than two are left, and where a score is negative.
     """
     scores = precise(scores)
     valid = (scores > 0) & scores.isfinite()
@@ -25,7 +25,8 @@ def log_slope(scores: Tensor) -> Tensor:
     count = there.sum(-1, keepdim=True)
     x = (x - (x * there).sum(-1, keepdim=True) / count) * there
     y = (y - (y * there).sum(-1, keepdim=True) / count) * there
-    return (x * y).sum(-1) / x.square().sum(-1)
+    slope = (x * y).sum(-1) / x.square().sum(-1)
+    return torch.where((scores < 0).any(-1), torch.nan, slope)
 
 
 def octave_means(scores: Tensor) -> Tensor:

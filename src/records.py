@@ -296,7 +296,7 @@ class RunFolder:
             before = json.loads((self.path / METRICS).read_text(encoding="utf-8"))["missing"]
         except (OSError, ValueError, KeyError):
             return set()
-        return {(str(task), str(id_)) for task, id_ in before}
+        return {(str(task), str(id_)) for task, id_ in before or ()}
 
     def _with_earlier_versions(self, now: Mapping[str, Any]) -> dict[str, Any]:
         """`task_versions` names all tasks in the folder, also those of earlier calls and of other jobs."""

@@ -6,12 +6,13 @@ A DIR is a run's folder or any folder above some. Written to --out, one line per
                      score, nll, kl, top1, output_error each with _low and _high, stderr (of the score), kv_bytes,
                      kv_bytes_peak, kv_bytes_full, bookkeeping_bytes (means per sample), and where a policy has
                      them kv_bytes_device, codebook_bytes, chosen_share (of the tokens, per step)
-    retention.csv    model, policy, options, budget, part ("all" kept entries or the "heavy" ones, without the
-                     recent window that all heads kept), measure (decile_01 .. decile_10: share of the kept
-                     entries in each tenth of the prompt; mean_position; first_to_last: decile_01 / decile_10;
-                     drift: share of the kept entries that were gone at the end; needle: share of the sentence that
-                     holds the answer, needle_end: of it at the end; score_slope: of ln(score) against ln(position)
-                     and score_slope_theory: the same for exchangeable logits), n, value, low, high
+    retention.csv    model, policy, options, budget, part ("all" kept entries; the "heavy" ones, without the recent
+                     window that all heads kept; the "chosen" ones of a policy that keeps all and chooses), measure
+                     (decile_01 .. decile_10: share of the entries in each tenth of the prompt; mean_position;
+                     first_to_last: decile_01 / decile_10; drift: share of the kept entries that were gone at the end;
+                     needle: share of the sentence that holds the answer, needle_end: of it at the end; score_slope:
+                     of ln(score) against ln(position) and score_slope_theory: the same for exchangeable logits), n,
+                     value, low, high
     octaves.csv      model, policy, options, budget, first (position, from 1, of the octave 1, 2-3, 4-7, ...), n, value,
                      low, high: the policy's score there relative to its mean, means over layers and KV heads
     differences.csv  model, policy, options, budget, against, measure (score, kl, nll), n, difference, low, high,

@@ -11,7 +11,8 @@ from scipy.stats import norm, t
 from src import retention
 from src.reporting.data import Study
 from src.reporting.runs import Key, Run, cell_columns
-from src.retention_store import KeptSample, load_retention
+from src.retention_store import BINS, KeptSample, load_retention
+from src.retention_summary import BINS_TO_TENTHS
 from src.statistics import RESAMPLES, Array, Interval, bootstrap_intervals
 
 DECILES = tuple(f"decile_{i:02}" for i in range(1, 11))
@@ -31,6 +32,8 @@ def retention_table(study: Study, resamples: int = RESAMPLES) -> pd.DataFrame:
         for part in ("all", "heavy"):
             figures = np.array([kept_figures(sample, part) for sample in samples]).reshape(len(samples), 11)
             rows += [(part, *row) for row in with_intervals(figures, resamples)]
+        picked = chosen_shares(run, wanted)
+        rows += [("chosen", name, len(picked), *row) for name, row in chosen_rows(picked, resamples)]
         single = {"drift": [drifted(sample) for sample in samples], **needles(run, samples), **slopes(run, wanted)}
         for name, values in single.items():
             if values:
@@ -57,8 +60,23 @@ def needles(run: Run, samples: list[KeptSample]) -> dict[str, list[float]]:
     return found
 
 
+def chosen_shares(run: Run, wanted: set[Key]) -> Array:
+    """`(samples, 10)` shares of the chosen tokens in each tenth of the prompt, where a policy chooses at each step."""
+    records = [record for key, record in run.records.items() if key in wanted]
+    bins = [r["chosen_positions"] for r in records if any(r.get("chosen_positions") or ())]
+    return np.array(bins, dtype=float).reshape(-1, BINS) @ BINS_TO_TENTHS
+
+
+def chosen_rows(shares: Array, resamples: int) -> list[tuple[str, tuple[float, float, float]]]:
+    """Measure, and value, low, high."""
+    if not len(shares):
+        return []
+    found = [(i.estimate, i.low, i.high) for i in one_group(shares, resamples)]
+    return [*zip(DECILES, found, strict=True), ("first_to_last", ratio_interval(shares[:, 0], shares[:, 9], resamples))]
+
+
 def slopes(run: Run, wanted: set[Key]) -> dict[str, list[float]]:
-    """Slope of ln(score) against ln(position) of each sample, mean over layers, and what theory says."""
+    """Slope of ln(score) against ln(position) of each sample, mean over layers and KV heads, and what theory says."""
     records = [record for key, record in run.records.items() if key in wanted]
     return {
         name: [float(np.nanmean(np.array(r[name], dtype=float))) for r in records if r.get(name)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,30 +55,31 @@ def chosen(records: Iterable[Record]) -> dict[str, Any]:
 
     Every sample weighs the same. The same measures as of kept positions, on 64 bins.
     """
-    measured = [r for r in records if r.get("chosen_positions")]
+    measured = [r for r in records if any(r.get("chosen_positions") or ())]
     if not measured:
         return {}
-    by_task: dict[str, list[Any]] = defaultdict(list)
+    by_task: dict[str, list[Record]] = defaultdict(list)
     for record in measured:
-        by_task[record["task"]].append(record["chosen_positions"])
-    everything = np.array([r["chosen_positions"] for r in measured], dtype=float)
+        by_task[record["task"]].append(record)
     layers = np.array([r["chosen_by_layer"] for r in measured], dtype=float)
-    found = {"samples": len(measured), "share": _mean([r["chosen_share"] for r in measured]), **_where(everything)}
+    found = {"samples": len(measured), "share": _mean([r["chosen_share"] for r in measured]), **_where(measured)}
     found["tokens_per_layer"] = [_mean(layers[:, layer]) for layer in range(layers.shape[1])]
-    found["per_task"] = {task: _where(np.array(each)) for task, each in sorted(by_task.items())}
+    found["per_task"] = {task: _where(each) for task, each in sorted(by_task.items())}
     return {"chosen": found}
 
 
-def _where(bins: Any) -> dict[str, Any]:
-    """Measures of mean shares `(samples, 64)`, positions spread evenly within their bin."""
-    mean = retention.shares(bins).mean(axis=0)
+def _where(records: Sequence[Record]) -> dict[str, Any]:
+    """Measures of the mean shares in 64 bins, positions spread evenly within their bin."""
+    mean = retention.shares([r["chosen_positions"] for r in records]).mean(axis=0)
+    lengths = [int(r.get("context_tokens", r["prompt_tokens"])) for r in records]
+    positions = np.sum([retention.capacity(n) / n for n in lengths], axis=0)  # what an even choice would be
     places = (np.arange(len(mean)) + 0.5) / len(mean)
     return {
         "histogram": rounded(mean),
         "decile_shares": rounded(mean @ BINS_TO_TENTHS),
         "mean_position": rounded(mean @ places),
-        "kl_uniform": rounded(retention.kl_to_uniform(mean)),
-        "gini": rounded(retention.gini(mean)),
+        "kl_uniform": rounded(retention.kl_to_uniform(mean, positions)),
+        "gini": rounded(retention.gini(mean, positions)),
     }
 
 

@@ -26,7 +26,7 @@ from src.engine import Engine
 from src.environment import environment
 from src.errors import InputError
 from src.jobs import Job
-from src.kept_over_time import Trace, trace_path
+from src.kept_over_time import made_with, trace_path
 from src.models import LoadedModel, load_model
 from src.progress import Progress
 from src.records import Kept, RunFolder, run_path
@@ -163,7 +163,8 @@ class Session:
         for result in self.engine.run(jobs(), stop=lambda: self.interrupted):
             record = to_record(prepared[result.request.name], result, self.model, self.cfg)
             kept = None if result.error else Kept(result.kept_prompt, result.kept_end)
-            if isinstance(self.engine, TracingEngine) and (trace := self.engine.trace(result)).steps:
+            trace = self.engine.trace(result) if isinstance(self.engine, TracingEngine) else None
+            if trace and not result.error:
                 trace.save(trace_path(by_variant[id(result.variant)].folder.path, record["task"], record["id"]))
             self._keep(by_variant[id(result.variant)], record, kept, progress)
 
@@ -171,7 +172,7 @@ class Session:
         """Finished, with everything that this command asks for."""
         every = self.cfg.kept_over_time
         path = trace_path(cell.folder.path, one.sample.task.name, one.sample.id)
-        if every and not (path.exists() and Trace.load(path).every == every):
+        if every and not made_with(path, every):
             return False
         return cell.folder.done(one.key, self.cfg.fidelity)
 

@@ -33,9 +33,6 @@ class TracingEngine(Engine):
                 chosen, trace = batch.attended(row), self._of(lane.result)
                 if chosen is not None:
                     chosen = [share[:, : layer.shape[1]] for share, layer in zip(chosen, kept, strict=True)]
-                    if trace.steps == [0]:  # that everything was kept says nothing about what was chosen
-                        trace.steps.clear()
-                        trace.shares.clear()
                 trace.note(batch.t, kept, chosen)
 
     def trace(self, result: Generation) -> Trace:
@@ -51,6 +48,6 @@ class TracingEngine(Engine):
             width = -(-(len(request.ids) + request.max_new_tokens) // BINS)
             scope = len(request.ids) if request.context_tokens is None else request.context_tokens
             found = self._traces[key] = (result, Trace(scope, width, self.every))
-            if result.kept_prompt:
+            if result.kept_prompt and not result.variant.policy.chooses:
                 found[1].note(0, result.kept_prompt)
         return found[1]

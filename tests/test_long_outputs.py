@@ -40,8 +40,8 @@ def config(**changes: Any) -> Any:
 
 
 def test_stop_rules(sample: Sample) -> None:
-    """Only the end token stops, never at once, and no chat form is put around the prompt."""
-    loaded = tiny_loaded(stop_ids=frozenset({1}))
+    """Only the end token stops, whatever else the model knows, never at once; no chat form is put around the prompt."""
+    loaded = tiny_loaded(stop_ids=frozenset({1, 5}))
     one = prepare(sample, loaded)
     assert loaded.tokenizer.decode(one.ids) == sample.prompt
     request = to_request(one, loaded, config())

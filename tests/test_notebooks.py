@@ -6,6 +6,7 @@ One tiny random model runs every study once, with few samples: all numbers are n
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -365,3 +366,13 @@ def test_the_intervals_are_those_of_the_statistics_module(root: Path) -> None:
     interval = bootstrap_intervals(study.scores[:, [column]], study.task_of)[0]
     row = tables["cells"].query("policy == 'snapkv' and options == '' and task == 'all'").iloc[0]
     assert (row["score_low"], row["score_high"]) == pytest.approx((interval.low, interval.high))
+
+
+def test_what_a_notebook_lacks_is_named(root: Path) -> None:
+    tables = lab.load("bias_study", root)
+    lab.need(tables, "h2o")
+    with pytest.raises(InputError, match=r"bias_study: no run of peak in run folders in .*; this notebook needs them"):
+        lab.need(tables, "h2o", "peak")
+    blind = replace(tables, cells=tables.cells.assign(kl=np.nan))
+    with pytest.raises(InputError, match="lack fidelity; run them with fidelity=true"):
+        lab.need(blind, "h2o")

@@ -55,7 +55,7 @@ class Run:
 
     @property
     def cell(self) -> str:
-        return self.label if self.full else f"{self.label} at {show_budget(self.budget)}"
+        return self.label if self.full or self.budget is None else f"{self.label} at {show_budget(self.budget)}"
 
 
 def find_runs(folders: Sequence[Path]) -> tuple[list[Path], list[str]]:
