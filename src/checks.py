@@ -80,6 +80,7 @@ RULES: dict[str, Rule] = {
     "prompt_scope": one_of(("whole", "context")),
     "fidelity": SWITCH,
     "max_new_tokens": whole(1, "what each task says"),
+    "min_new_tokens": whole(0, "what each task says"),
     "edit_similarity": one_of(EDIT_SIMILARITIES),
     "broken_rows": one_of(BROKEN_ROWS),
     "retention": (lambda value: value in RETENTION or value is False, ", ".join(RETENTION)),  # YAML: off = false

@@ -47,7 +47,7 @@ def to_request(one: Prepared, model: LoadedModel, cfg: DictConfig) -> Request:
         ids=one.ids,
         stop_ids=stop_ids(task, model),
         max_new_tokens=longest,
-        min_new_tokens=min(task.min_new_tokens, longest),
+        min_new_tokens=min(task.min_new_tokens if cfg.min_new_tokens is None else cfg.min_new_tokens, longest),
         context_tokens=prompt.context_tokens if cut else None,
         reference=reference(one, model, longest) if cfg.fidelity else None,
     )

@@ -225,8 +225,14 @@ class Session:
             "seed": cfg.seed,
             "prompt_scope": cfg.prompt_scope,
             "max_new_tokens": cfg.max_new_tokens,
+            **self._min_new_tokens(),
             "edit_similarity": cfg.edit_similarity,
         }
+
+    def _min_new_tokens(self) -> dict[str, int]:
+        """Only where it was set, so that folders of the usual runs keep their names."""
+        least = self.cfg.min_new_tokens
+        return {} if least is None else {"min_new_tokens": least}
 
     def _comparability(self) -> dict[str, Any]:
         return {
@@ -236,6 +242,7 @@ class Session:
             "edit_similarity": self.cfg.edit_similarity,
             "prompt_scope": self.cfg.prompt_scope,
             "max_new_tokens": self.cfg.max_new_tokens,
+            **self._min_new_tokens(),
             "random_weights": self.model.random_weights,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "weights": self.model.source,

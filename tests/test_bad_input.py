@@ -67,6 +67,7 @@ SETTINGS: dict[str, list[str]] = {
     "lanes=null": ["lanes=null", "whole number"],
     "seed=abc": ["seed=abc", "whole number"],
     "seed=null": ["seed=null", "whole number"],
+    "min_new_tokens=-1": ["min_new_tokens=-1", "0 or more", "null"],
     "max_new_tokens=0": ["max_new_tokens=0", "1 or more", "null"],
     "prompt_scope=foo": ["prompt_scope=foo", "whole, context"],
     "fidelity=3": ["fidelity=3", "true, false"],

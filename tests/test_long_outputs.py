@@ -35,7 +35,13 @@ def sample(tmp_path: Path) -> Sample:
 
 
 def config(**changes: Any) -> Any:
-    base = {"prompt_scope": "whole", "max_new_tokens": None, "fidelity": False, "edit_similarity": "levenshtein"}
+    base = {
+        "prompt_scope": "whole",
+        "max_new_tokens": None,
+        "min_new_tokens": None,
+        "fidelity": False,
+        "edit_similarity": "levenshtein",
+    }
     return OmegaConf.create({**base, **changes})
 
 
@@ -78,3 +84,13 @@ def test_the_reference_output(sample: Sample) -> None:
 
     for scorer in (official, by_number):
         assert scorer("longgen_number_score", sample.reference, sample.answers) == 1.0
+
+
+def test_a_least_length_keeps_stop_tokens_away(sample: Sample) -> None:
+    loaded = tiny_loaded(stop_ids=frozenset({1}))
+    request = to_request(prepare(sample, loaded), loaded, config(min_new_tokens=20, max_new_tokens=30))
+    assert request.min_new_tokens == 20
+    with torch.no_grad():
+        loaded.model.get_output_embeddings().weight[1] = 10 * loaded.model.get_output_embeddings().weight[3]
+    (result,) = Engine(loaded.model, 1).run([Job(request, [Variant(H2O(), 40)])])
+    assert len(result.tokens) >= 20 and 1 not in result.tokens[:20]
