@@ -74,8 +74,8 @@ for part in ("recent_accumulation", "step_gain", "value_prior"):
         # What is lost without the part: plain AhaKV minus the variant, so the signs turn round.
         holds = lab.apart(-row["high"], -row["low"], 0, 0)
         also = "" if fidelity is None else f"; KL without it {fidelity['difference']:+.3f}"
-        interval = f"{-row['high']:.2f} to {-row['low']:.2f}"
-        print(lab.verdict(f"{part} helps", holds, f"{-row['difference']:+.2f} points, 95 % {interval}{also}"))
+        interval = f"{0 - row['high']:.2f} to {0 - row['low']:.2f}"
+        print(lab.verdict(f"{part} helps", holds, f"{0 - row['difference']:+.2f} points, 95 % {interval}{also}"))
 
 # %% [markdown]
 # ## Does the gain do what it promises?
