@@ -156,7 +156,8 @@ def test_on_the_committed_tables(
         assert any(re.search(r"n = [\d,]+", text) for text in texts), name
         for axes in (axes for axes in figure.axes if axes.get_visible()):
             assert axes.get_xlabel() or figure.get_supxlabel(), name
-            names = [label.get_text() for label in axes.get_yticklabels()]
+            shared = axes.get_shared_y_axes().get_siblings(axes)
+            names = [label.get_text() for each in shared for label in each.get_yticklabels()]
             assert axes.get_ylabel() or figure.get_supylabel() or any(map(str.isalpha, "".join(names))), name
             greys = [to_rgb(line.get_color()) for line in axes.get_lines()]
             assert all(red == green == blue for red, green, blue in greys), name
