@@ -189,6 +189,13 @@ class Policy(ABC):
         """
         return None
 
+    def picks(self, state: State) -> Tensor | None:
+        """How often each slot was attended to, by all steps and query heads, `(lanes, kv_heads, slots + 1)`, int32.
+
+        None: always by all. For the record of chosen positions only.
+        """
+        return None
+
     def prompt_measures(self, prompt: PromptAttention, budget: int) -> dict[str, Tensor]:
         """Figures to record about one layer's prompt, small tensors; a record lists them by layer."""
         return {}

@@ -133,6 +133,9 @@ class HCAttention(Policy):
     def attended(self, state: State) -> Tensor | None:
         return state.slots.get("last")
 
+    def picks(self, state: State) -> Tensor | None:
+        return state.slots.get("picks")
+
     def measures(self, states: list[State], lane: int) -> dict[str, Any]:
         """Tokens chosen (mean over query heads), their share of all cached ones, and where in the prompt they stood."""
         found: dict[str, Any] = {"codebook_bytes": self.loaded.centroids.nbytes} if self.loaded else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -143,6 +144,7 @@ class Generation:
         decode_seconds: the lane's share of the batch's time (step time / lanes in the step, summed).
         decode_steps: tokens read one by one, those of the question with `prompt_scope=context` included.
         lanes: lanes in the batch at its start.
+        picks: per layer, how often each entry of `kept_end` was attended to, `(kv_heads, k)`; empty where always.
         extra: what the policy itself reports about the prompt and the lane.
         error: why there is no result; everything else is then empty.
     """
@@ -163,6 +165,7 @@ class Generation:
     decode_steps: int = 0
     lanes: int = 0
     fidelity: dict[str, float | list[float]] | None = None
+    picks: list[Tensor] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
 
@@ -171,7 +174,7 @@ class Generation:
         self.kept_prompt = [cache.positions[0].to("cpu", copy=True) for cache in fork.caches]
         self.kv_bytes, self.bookkeeping_bytes = fork.nbytes(), fork.bookkeeping_nbytes()
         self.kv_bytes_by_device, self.kv_bytes_full = fork.nbytes_by_device(), fork.full_nbytes
-        self.extra = fork.measures()
+        self.extra = {name: four_digits(values.tolist()) for name, values in fork.measures().items()}
 
     def describe_end(self, batch: LaneBatch, row: int) -> None:
         """Record what is cached when the lane has finished."""
@@ -179,4 +182,15 @@ class Generation:
         self.kept_end = [cache.positions[lane, :, : cache.used[lane]].to("cpu", copy=True) for cache in caches]
         held = sum(cache.entry_bytes * cache.most_used[lane] for cache in caches)
         self.kv_bytes_peak = max(self.kv_bytes, held)
+        self.picks = [
+            count[:, : cache.used[lane]].to("cpu", copy=True)
+            for count, cache in zip(batch.picks(row), caches, strict=False)
+        ]
         self.extra |= batch.measures(row)
+
+
+def four_digits(value: Any) -> Any:
+    """Nested lists of numbers, rounded to four significant digits; None for what is not a number."""
+    if isinstance(value, list):
+        return [four_digits(item) for item in value]
+    return float(f"{value:.4g}") if math.isfinite(value) else None

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import re
 import sys
 import zipfile
 import zlib
@@ -32,6 +31,7 @@ from src.records import TRACES
 from src.reporting.data import Study
 from src.reporting.figures import LOOK, new_figure, plain_text
 from src.reporting.runs import check_comparable, label_runs, load_run, show_budget
+from src.run_files import file_name
 
 BINS = 256  # at most, over prompt and output
 COLUMNS = 4  # panels beside each other
@@ -86,7 +86,7 @@ class Trace:
 
 
 def trace_path(run: Path, task: str, sample: str) -> Path:
-    return run / TRACES / (re.sub(r"[^\w.-]", "_", f"{task}-{sample}") + ".npz")
+    return run / TRACES / f"{file_name(task, sample)}.npz"
 
 
 def made_with(path: Path, every: int) -> bool:

@@ -57,11 +57,9 @@ class Fork:
         self._measured.append(policy.prompt_measures(prompt, budget))
         self.full_nbytes += prompt.keys.nbytes + prompt.values.nbytes
 
-    def measures(self) -> dict[str, Any]:
-        """`Policy.prompt_measures` as lists over layers, four digits; None where a figure is not a number."""
-        names = self._measured[0]
-        stacked = {name: torch.stack([layer[name] for layer in self._measured]).tolist() for name in names}
-        return {name: four_digits(values) for name, values in stacked.items()}
+    def measures(self) -> dict[str, Tensor]:
+        """`Policy.prompt_measures` of all layers, stacked."""
+        return {name: torch.stack([layer[name] for layer in self._measured]) for name in self._measured[0]}
 
     def nbytes(self) -> int:
         """Exact bytes of keys and values."""
@@ -78,13 +76,6 @@ class Fork:
         """Bytes kept beside keys and values: positions and the policy's state."""
         positions = sum(cache.positions.untyped_storage().nbytes() for cache in self.caches)
         return positions + sum(state.nbytes() for state in self.states)
-
-
-def four_digits(value: Any) -> Any:
-    """Nested lists of numbers, rounded to four significant digits."""
-    if isinstance(value, list):
-        return [four_digits(item) for item in value]
-    return float(f"{value:.4g}") if math.isfinite(value) else None
 
 
 class Prefill:
@@ -289,6 +280,12 @@ class LaneBatch:
         member, lane = self._member(row)
         shares = [member.cell.policy.attended(state) for state in member.states]
         return [share[lane, :, :-1] for share in shares if share is not None] or None
+
+    def picks(self, row: int) -> list[Tensor]:
+        """Per layer, how often each slot of a row was attended to, `(kv_heads, slots)`; empty: always."""
+        member, lane = self._member(row)
+        counts = [member.cell.policy.picks(state) for state in member.states]
+        return [count[lane, :, :-1] for count in counts if count is not None]
 
     def locate(self, row: int) -> tuple[list[LayerCache], int]:
         """The caches that hold a row of the batch, and the lane's place in them."""

@@ -42,7 +42,7 @@ __all__ = ["Kept", "Key", "RunFolder", "compute_metrics", "load_records", "run_p
 
 log = logging.getLogger(__name__)
 
-TRACES = "kept_over_time"  # a folder of small files, see src/kept_over_time.py
+TRACES, CHOSEN = "kept_over_time", "chosen"  # folders of small files, see src/kept_over_time.py and src/chosen.py
 METRICS, SETTINGS, JOURNAL = "metrics.json", "settings.json", "retention.part"
 WRITTEN = (
     *(PREDICTIONS, METRICS, SETTINGS, JOURNAL, "config.yaml", "environment.json"),
@@ -203,7 +203,8 @@ class RunFolder:
             for name in WRITTEN:
                 (self.path / name).unlink(missing_ok=True)
                 (self.path / f"{name}.part").unlink(missing_ok=True)
-            shutil.rmtree(self.path / TRACES, ignore_errors=True)
+            for name in (TRACES, CHOSEN):
+                shutil.rmtree(self.path / name, ignore_errors=True)
         self._check_settings(settings)
         if config:
             write_whole(self.path / "config.yaml", config)

@@ -19,6 +19,11 @@ log = logging.getLogger(__name__)
 PREDICTIONS = "predictions.jsonl"
 
 
+def file_name(task: str, sample: str) -> str:
+    """For files of one sample: letters, digits, dots and dashes only."""
+    return re.sub(r"[^\w.-]", "_", f"{task}-{sample}")
+
+
 def settings_hash(settings: Mapping[str, Any]) -> str:
     """8 hex digits of every setting that changes a sample's outcome; order and 1 against 1.0 do not count."""
     return hashlib.sha256(canonical(settings).encode()).hexdigest()[:8]

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from evals.suites import load_samples
 from evals.tasks import Sample
 from src.binding import bind
+from src.chosen import save_chosen
 from src.cluster import distributed
 from src.engine import Engine
 from src.environment import environment
@@ -166,6 +167,9 @@ class Session:
             trace = self.engine.trace(result) if isinstance(self.engine, TracingEngine) else None
             if trace and not result.error:
                 trace.save(trace_path(by_variant[id(result.variant)].folder.path, record["task"], record["id"]))
+            if self.cfg.retention == "positions" and not result.error:
+                cut = record.get("context_tokens", record["prompt_tokens"])
+                save_chosen(by_variant[id(result.variant)].folder.path, record["task"], record["id"], result, cut)
             self._keep(by_variant[id(result.variant)], record, kept, progress)
 
     def _done(self, cell: Cell, one: Prepared) -> bool:

@@ -120,6 +120,20 @@ def test_chosen_tokens_over_time(swept: Path) -> None:
             assert np.sum(shares) * trace.width == pytest.approx(record["chosen_by_step"][step - 1], abs=0.01)
 
 
+def test_chosen_positions_by_layer_and_head(swept: Path) -> None:
+    found = next(path for name, path in folders(swept).items() if name.startswith("hcattention"))
+    for record in lines(found):
+        with np.load(found / "chosen" / f"{record['task']}-{record['id']}.npz") as file:
+            positions, picks = file["positions"], file["picks"]
+            steps, n = int(file["steps"]), int(file["prompt_tokens"])
+        assert positions.shape == picks.shape == (2, 2, n + steps) and n == record["prompt_tokens"]
+        assert (positions == np.arange(n + steps)).all() and picks.min() >= 0
+        assert picks[..., :n].max() <= steps * 2  # query heads of a KV head
+        # chosen_by_step: means over layers and query heads, 2 x 4
+        assert picks.sum() / 8 == pytest.approx(sum(record["chosen_by_step"]), abs=0.01 * steps)
+    assert not any((path / "chosen").exists() for name, path in folders(swept).items() if not name.startswith("hc"))
+
+
 def test_traces_can_be_asked_for_later(common: list[str], tmp_path: Path) -> None:
     command = ["run", *common, "policy=h2o", "budget=48", f"output_root={tmp_path}"]
     first = call(*command)
