@@ -1,6 +1,6 @@
 """How a policy's score depends on a token's place in the prompt, as tensors: what AhaKV's claim is about.
 
-`src.retention` has the same slope for arrays, and the curve that exchangeable logits would give.
+`src.retention` asks it for slopes of arrays, and has the curve that exchangeable logits would give.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from torch import Tensor
 from src.prompt_attention import precise
 
 
-def log_slope(scores: Tensor) -> Tensor:
-    """Least-squares slope of ln(score) against ln(position), `(..., n)` -> `(...)`; positions count from 1.
+def log_slope(scores: Tensor, first: int = 1) -> Tensor:
+    """Least-squares slope of ln(score) against ln(position), `(..., n)` -> `(...)`; positions count from `first`.
 
     0: no preference; -1: the score falls like 1 / position. Scores of 0 (no logarithm) and of infinity (protected
     tokens) are left out; NaN where fewer than two are left, and where a score is negative.
@@ -20,7 +20,7 @@ def log_slope(scores: Tensor) -> Tensor:
     scores = precise(scores)
     valid = (scores > 0) & scores.isfinite()
     there = valid.to(scores.dtype)
-    x = torch.arange(1, scores.shape[-1] + 1, device=scores.device, dtype=scores.dtype).log()
+    x = torch.arange(first, first + scores.shape[-1], device=scores.device, dtype=scores.dtype).log()
     y = torch.where(valid, scores, 1).log()
     count = there.sum(-1, keepdim=True)
     x = (x - (x * there).sum(-1, keepdim=True) / count) * there

@@ -78,10 +78,11 @@ def chosen_rows(shares: Array, resamples: int) -> list[tuple[str, tuple[float, f
 def slopes(run: Run, wanted: set[Key]) -> dict[str, list[float]]:
     """Slope of ln(score) against ln(position) of each sample, mean over layers and KV heads, and what theory says."""
     records = [record for key, record in run.records.items() if key in wanted]
-    return {
-        name: [float(np.nanmean(np.array(r[name], dtype=float))) for r in records if r.get(name)]
-        for name in ("score_slope", "score_slope_theory")
-    }
+    found = {}
+    for name in ("score_slope", "score_slope_theory"):
+        means = [retention.nan_mean(np.array(record[name], dtype=float)) for record in records if record.get(name)]
+        found[name] = [mean for mean in means if mean is not None]  # None: scores that have no slope (negative ones)
+    return found
 
 
 def kept_figures(sample: KeptSample, part: str) -> list[float]:

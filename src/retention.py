@@ -15,8 +15,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 
+from src import position
 from src.errors import InputError
 from src.retention_store import BINS, KeptSample, Retention, bin_counts, bin_edges
 
@@ -197,16 +199,13 @@ def expected_accumulation(n: int) -> Floats:
 def log_slope(scores: ArrayLike, first: int = 1, last: int | None = None) -> Floats:
     """(...) least-squares slope of ln S_j against ln j over positions j = first .. last (1-based, inclusive).
 
-    Positions with a score of 0 are left out (they have no logarithm). 0: no position bias; -1: S_j ~ 1/j.
+    See `src.position.log_slope`. 0: no position bias; -1: S_j ~ 1/j.
     """
     scores = np.asarray(scores, dtype=float)
     last = scores.shape[-1] if last is None else last
     if not 1 <= first < last <= scores.shape[-1]:
         raise ValueError(f"positions {first}..{last}: need at least two within 1..{scores.shape[-1]}")
-    flat = scores[..., first - 1 : last].reshape(-1, last - first + 1)
-    x = np.log(np.arange(first, last + 1))
-    slopes = [np.polyfit(x[row > 0], np.log(row[row > 0]), 1)[0] if (row > 0).sum() > 1 else np.nan for row in flat]
-    return np.asarray(slopes).reshape(scores.shape[:-1])
+    return np.asarray(position.log_slope(torch.tensor(scores[..., first - 1 : last].copy()), first))
 
 
 def slope_beside_theory(scores: ArrayLike, first: int = 1, last: int | None = None) -> dict[str, Any]:

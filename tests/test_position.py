@@ -33,10 +33,15 @@ def test_slopes_by_hand() -> None:
     assert math.isnan(float(log_slope(torch.tensor([0.0, 1.0, math.inf]))))
 
 
-def test_the_slope_of_arrays_and_of_tensors_is_the_same() -> None:
+def test_slopes_are_least_squares() -> None:
+    """Beside numpy's own fit; for arrays `src.retention` asks the same function."""
     scores = np.random.default_rng(0).gamma(1.0, size=(3, 50))
     scores[0, 4] = 0
-    assert log_slope(torch.tensor(scores)).numpy() == pytest.approx(retention.log_slope(scores))
+    there = scores > 0
+    x = np.log(np.arange(3, 53))
+    fitted = [np.polyfit(x[row], np.log(score[row]), 1)[0] for score, row in zip(scores, there, strict=True)]
+    assert log_slope(torch.tensor(scores), 3).tolist() == pytest.approx(fitted)
+    assert retention.log_slope(np.hstack([np.ones((3, 2)), scores]), first=3) == pytest.approx(fitted)
 
 
 def test_octaves_by_hand() -> None:
