@@ -6,11 +6,12 @@ import logging
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from src.errors import InputError
+from src.files import write_whole
 from src.retention_store import Key
 from src.summary import succeeded
 
@@ -20,8 +21,16 @@ PREDICTIONS = "predictions.jsonl"
 
 
 def file_name(task: str, sample: str) -> str:
-    """For files of one sample: letters, digits, dots and dashes only."""
-    return re.sub(r"[^\w.-]", "_", f"{task}-{sample}")
+    """For files of one sample: `<task>-<id>`, no two alike, also where upper and lower case are the same.
+
+    An id that is long or holds anything but lower-case letters, digits, `_`, `.` and `-` is shortened to what is
+    readable of it, followed by `~` (which no other name has) and a hash. No task's name is another's with a dash.
+    """
+    name = f"{task}-{sample}"
+    if re.fullmatch(r"[a-z0-9_.-]{1,120}", name):
+        return name
+    digest = hashlib.sha256(json.dumps([task, sample]).encode()).hexdigest()[:24]
+    return f"{re.sub(r'[^A-Za-z0-9_.-]', '_', name)[:80]}~{digest}"
 
 
 def settings_hash(settings: Mapping[str, Any]) -> str:
@@ -68,6 +77,11 @@ class Table:
     def current(self) -> list[dict[str, Any]]:
         return [self.records[self.last[name]] for name in sorted(self.last)]
 
+    def holds(self, record: Mapping[str, Any]) -> bool:
+        """Is this very record one of those that count?"""
+        key = key_of(record)
+        return self.last.get(key[:2]) == key and self.records[key] == record
+
 
 def parse(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The records of a file and where its valid part ends. Only the last line may be torn."""
@@ -104,6 +118,21 @@ def repair(path: Path) -> list[dict[str, Any]]:
         file.flush()
         os.fsync(file.fileno())
     return records
+
+
+def move_to_end(path: Path, keys: Collection[Key]) -> None:
+    """Put these keys' lines last, where they count, and leave every line as it is."""
+    with path.open("rb") as file:
+        lines = file.readlines()
+    wanted = [line for line in lines if _key_in(line) in keys]
+    write_whole(path, b"".join([line for line in lines if _key_in(line) not in keys] + wanted))
+
+
+def _key_in(line: bytes) -> Key | None:
+    try:
+        return key_of(json.loads(line))
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def key_of(record: Mapping[str, Any]) -> Key:
@@ -143,13 +172,3 @@ def pretty(value: Any) -> str:
 
 def _safe(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._=+-]+", "_", text).strip("._") or "_"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """All of the new content or all of the old, never a part."""
-    part = path.with_name(f"{path.name}.part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)

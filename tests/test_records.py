@@ -350,6 +350,6 @@ def test_no_metrics_file_is_ever_half_written(tmp_path: Path, monkeypatch: pytes
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(os, "fsync", fail)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(InputError, match=r"metrics\.json: cannot be written \(No space"):
             run.finish(**NAMES, task_metrics={"qa": "qa_f1"})
         assert (tmp_path / "metrics.json").read_bytes() == before
