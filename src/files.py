@@ -40,8 +40,11 @@ def no_room(error: OSError) -> str | None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A file to write beside `path`, which it replaces once it is whole and on the disk; if not, it is removed.
+def replacing(path: Path, sync: bool = True) -> Iterator[Path]:
+    """A file to write beside `path`, which it replaces once it is whole; if it is not, it is removed.
+
+    Args:
+        sync: wait until it is on the disk, so that a power failure cannot cost it either.
 
     Raises:
         InputError: it cannot be written.
@@ -50,8 +53,9 @@ def replacing(path: Path) -> Iterator[Path]:
     with writing(path):
         try:
             yield part
-            with part.open("rb+") as done:
-                os.fsync(done.fileno())
+            if sync:
+                with part.open("rb+") as done:
+                    os.fsync(done.fileno())
             part.replace(path)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -59,9 +63,9 @@ def replacing(path: Path) -> Iterator[Path]:
             raise
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
+def write_whole(path: Path, content: str | bytes, sync: bool = True) -> None:
     """All of the new content or all of the old, never a part. Raises InputError."""
-    with replacing(path) as part:
+    with replacing(path, sync) as part:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
 
 

@@ -83,6 +83,7 @@ class Session:
         self.engine = TracingEngine(self.model.model, lanes, every) if every else Engine(self.model.model, lanes)
         self.interrupted = False
         self.failed = 0
+        self.without_positions = 0  # finished samples that run again
         folders = []
         with ExitStack() as opened:  # if the last cell's folder is refused, the others' are free again
             for cell in bind(cells, self.model):
@@ -109,6 +110,14 @@ class Session:
             refused = self._close_all(without=at_once)
             if self.interrupted:
                 print(f"interrupted: {progress.finished} of {progress.total} done; {self._again()}", file=sys.stderr)
+        if self.without_positions:
+            print(
+                f"{self.without_positions} finished samples ran again: what they had kept was not there "
+                f"(retention={self.cfg.retention}; retention=off leaves them)",
+                file=sys.stderr,
+            )
+        if refused and not isinstance(refused[0], InputError):
+            raise refused[0]
         if refused:
             more = f"; and {len(refused) - 1} more cells could not be finished" if refused[1:] else ""
             raise InputError(f"{refused[0]}{more}; {self._again()}") from None
@@ -184,9 +193,13 @@ class Session:
         path = trace_path(cell.folder.path, one.sample.task.name, one.sample.id)
         if every and not made_with(path, every):
             return False
-        if not cell.folder.has_retention(one.key) or not cell.folder.done(one.key, self.cfg.fidelity):
+        if not cell.folder.done(one.key, self.cfg.fidelity):
             return False
-        return self.cfg.retention != "positions" or has_chosen(cell.folder.path, cell.folder.found(one.key))
+        there = cell.folder.has_retention(one.key)
+        if self.cfg.retention == "positions":
+            there = there and has_chosen(cell.folder.path, cell.folder.found(one.key))
+        self.without_positions += not there
+        return there
 
     def _keep(self, cell: Cell, record: dict[str, Any], kept: Kept | None, progress: Progress) -> None:
         """Onto the disk, to the tracker, onto the screen."""
@@ -261,14 +274,14 @@ class Session:
             "task_versions": {s.task.name: s.task.version for s in self.samples},
         }
 
-    def _close_all(self, without: bool) -> list[InputError]:
-        """Finish and free every folder (`without` finishing them); one that cannot be written costs no other."""
-        refused = []
+    def _close_all(self, without: bool) -> list[Exception]:
+        """Finish and free every folder (`without` finishing them); what is against one costs no other."""
+        refused: list[Exception] = []
         for cell in self.cells:
             try:
                 if not without:
                     self._close(cell)
-            except InputError as error:
+            except Exception as error:
                 refused.append(error)
             finally:
                 cell.folder.close()

@@ -138,6 +138,7 @@ def _sample_warnings(runs: Sequence[Run], keys: Sequence[Key], scores: Array, ta
         )
     if (runs[0].metrics.get("comparability") or {}).get("random_weights"):
         warnings.append("The weights are random: scores mean nothing, only memory and retention do.")
+    warnings += [w for run in runs if (w := _retention_warning(run))]
     own = macro_mean(scores, task_of)
     for column, run in enumerate(runs):
         recorded = run.metrics.get("average")
@@ -147,3 +148,23 @@ def _sample_warnings(runs: Sequence[Run], keys: Sequence[Key], scores: Array, ta
                 f"{own[column]:.2f} (used here); launch the run again to bring them together."
             )
     return warnings
+
+
+def retention_samples(run: Run) -> tuple[int, int]:
+    """Of how many samples the run's retention figures are, and how many it has a score of."""
+    found = run.metrics.get("retention")
+    n = found.get("samples") if isinstance(found, dict) else None
+    return n if isinstance(n, int) else 0, sum(not record.get("error") for record in run.records.values())
+
+
+def _retention_warning(run: Run) -> str:
+    """Where the kept positions are of other samples than the scores, or not all of one kind."""
+    n, scored = retention_samples(run)
+    counts = run.metrics["retention"].get("only_counts") if n else None
+    if n and n != scored:
+        why = f"kept positions of {n} samples, scores of {scored}"
+    elif counts:
+        why = f"of {n} samples {counts} have counts in bins only; heavy entries, drift and needle are of the others"
+    else:
+        return ""
+    return f"{run.folder.name}: {why}; launch the run again with retention=positions to complete them."
