@@ -19,6 +19,9 @@ from typing import Any, TextIO
 from src import retention_store as store
 from src.errors import InputError
 from src.files import append_whole, replacing, write_whole, writing
+from src.metrics_file import read_metrics, write_metrics
+from src.predictions import encode, repair
+from src.record_fields import is_number
 from src.retention_folder import FINISHED, JOURNAL, KeptFiles
 from src.retention_plots import plot_retention
 from src.retention_records import chosen, needle, score_bias
@@ -32,11 +35,10 @@ from src.run_files import (
     key_of,
     load_records,
     move_to_end,
-    pretty,
-    repair,
     run_path,
     settings_hash,
 )
+from src.seal import one_line, open_sealed, read_small, sealed
 from src.summary import compute_metrics, succeeded
 
 __all__ = ["Kept", "Key", "RunFolder", "compute_metrics", "load_records", "run_path", "settings_hash"]
@@ -165,19 +167,21 @@ class RunFolder:
             except InputError as error:  # metrics.json is smaller and worth more
                 refused = error
             data = profile(self._kept.read(keys), recent)
+            before = self._metrics_before()
             metrics = compute_metrics(
                 self.records,
                 policy=policy,
                 model=model,
                 budget=budget,
-                comparability=self._with_earlier_versions(comparability or {}),
+                comparability=self._with_earlier_versions(comparability or {}, before),
                 task_metrics=task_metrics,
-                peaks=self._peaks_so_far(peaks or {}),
+                peaks=_peaks_so_far(peaks or {}, before),
                 retention=self._measured(keys, data),
             )
-            wanted = {*asked, *self._missing_before()}
+            wanted = {*asked, *((task, id_) for task, id_ in before.get("missing", ()))}
             metrics["missing"] = sorted(list(sample) for sample in wanted if sample not in self._table.last)
-            write_whole(self.path / METRICS, pretty(metrics))
+            metrics["settings_hash"] = self._settings_hash
+            metrics = write_metrics(self.path / METRICS, metrics)
             if refused:
                 raise refused
             if plot and keys:
@@ -243,6 +247,7 @@ class RunFolder:
                 (self.path / f"{name}.part").unlink(missing_ok=True)
             for name in (TRACES, CHOSEN):
                 shutil.rmtree(self.path / name, ignore_errors=True)
+        self._settings_hash = settings_hash(settings)
         self._check_settings(settings)
         if config:
             write_whole(self.path / "config.yaml", config)
@@ -259,18 +264,26 @@ class RunFolder:
 
     def _check_settings(self, settings: Mapping[str, Any]) -> None:
         path, ours = self.path / SETTINGS, canonical(settings)
-        if not path.exists():
-            if (self.path / PREDICTIONS).exists():
+        there, damaged = path.exists(), ""
+        theirs: dict[str, Any] = {}
+        if there:
+            try:
+                theirs = read_small(path)
+            except (OSError, ValueError) as error:
+                damaged = one_line(error)
+            if not damaged and canonical(theirs) == ours:
+                return
+        if (self.path / PREDICTIONS).exists() or there:
+            if self._metrics_before().get("settings_hash") == settings_hash(settings):
+                log.warning("%s: damaged; written anew, as %s says whose the folder is", path, METRICS)
+            elif not there:
                 raise InputError(f"{self.path}: holds predictions but no {SETTINGS}, so whose they are is unknown")
-            write_whole(path, json.dumps(json.loads(ours), indent=2, ensure_ascii=False) + "\n")
-            return
-        try:
-            theirs = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            raise InputError(f"{path}: broken JSON; run with overwrite=true to start this folder afresh") from None
-        if canonical(theirs) != ours:
-            names = ", ".join(differences(theirs, json.loads(ours)))
-            raise InputError(f"{self.path}: its results were made with other settings ({names}); move it away")
+            elif damaged:
+                raise InputError(f"{path}: damaged ({damaged}); run with overwrite=true to start this folder afresh")
+            else:
+                names = ", ".join(differences(theirs, json.loads(ours)))
+                raise InputError(f"{self.path}: its results were made with other settings ({names}); move it away")
+        write_whole(path, json.dumps(json.loads(ours), indent=2, ensure_ascii=False) + "\n")
 
     def _write_environment(self, now: dict[str, Any]) -> None:
         """The present environment; different earlier ones of the same folder are kept below it."""
@@ -278,23 +291,19 @@ class RunFolder:
         earlier: list[Any] = []
         if path.exists():
             try:
-                before = json.loads(path.read_text(encoding="utf-8"))
-                earlier = before.pop("earlier", [])
+                before = open_sealed(read_small(path))[0]
+                earlier = list(before.pop("earlier", []))
                 if before != json.loads(json.dumps(now)):
                     earlier.append(before)
-            except ValueError:
-                log.warning("%s: not readable, written anew", path)
-        write_whole(path, json.dumps({**now, **({"earlier": earlier} if earlier else {})}, indent=2) + "\n")
+            except (OSError, ValueError, TypeError) as error:
+                log.warning("%s: damaged (%s); written anew", path, one_line(error))
+        content = {**now, **({"earlier": earlier} if earlier else {})}
+        write_whole(path, json.dumps(sealed(content), indent=2) + "\n")
 
     # --- writing ---
 
     def _write_line(self, record: dict[str, Any]) -> None:
-        line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
-        try:
-            data = line.encode()
-        except UnicodeEncodeError:  # half of a surrogate pair in somebody's data
-            data = (json.dumps(record, allow_nan=False) + "\n").encode()
-        append_whole(self.path / PREDICTIONS, data)
+        append_whole(self.path / PREDICTIONS, encode(record))
         self._table.add(record)
 
     def _measured(self, keys: Sequence[Key], data: Profile) -> dict[str, Any]:
@@ -315,29 +324,29 @@ class RunFolder:
         except Exception as error:
             log.warning("not drawn, the next call tries again: %s", " ".join(f"{error}".split()) or repr(error))
 
-    def _missing_before(self) -> set[tuple[str, str]]:
-        """What an interrupted call left out, as its metrics.json says."""
+    def _metrics_before(self) -> dict[str, Any]:
+        """metrics.json as an earlier call left it; empty if there is none, or if it is damaged."""
+        path = self.path / METRICS
+        if not path.exists():
+            return {}
         try:
-            before = json.loads((self.path / METRICS).read_text(encoding="utf-8"))["missing"]
-        except (OSError, ValueError, KeyError):
-            return set()
-        return {(str(task), str(id_)) for task, id_ in before or ()}
+            return read_metrics(path)[0]
+        except (OSError, ValueError) as error:
+            log.warning("%s: damaged (%s); what it held of earlier calls is computed anew", path, one_line(error))
+            return {}
 
-    def _with_earlier_versions(self, now: Mapping[str, Any]) -> dict[str, Any]:
+    def _with_earlier_versions(self, now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
         """`task_versions` names all tasks in the folder, also those of earlier calls and of other jobs."""
-        try:
-            before = json.loads((self.path / METRICS).read_text(encoding="utf-8"))["comparability"]["task_versions"]
-        except (OSError, ValueError, KeyError):
+        versions = before.get("comparability", {}).get("task_versions")
+        if not isinstance(versions, Mapping):
             return dict(now)
         present = {record["task"] for record in self.records}
-        kept = {task: version for task, version in before.items() if task in present}
+        kept = {task: version for task, version in versions.items() if task in present}
         return {**now, "task_versions": dict(sorted({**kept, **now.get("task_versions", {})}.items()))}
 
-    def _peaks_so_far(self, peaks: Mapping[str, float | None]) -> dict[str, float | None]:
-        """Peaks are per process; a resumed run's count is the largest of its parts."""
-        try:
-            before = json.loads((self.path / METRICS).read_text(encoding="utf-8"))["memory"]
-        except (OSError, ValueError, KeyError):
-            before = {}
-        both = {name: [v for v in (peaks.get(name), before.get(name)) if v is not None] for name in PEAKS}
-        return {name: max(values) if values else None for name, values in both.items()}
+
+def _peaks_so_far(peaks: Mapping[str, float | None], before: Mapping[str, Any]) -> dict[str, float | None]:
+    """Peaks are per process; a resumed run's count is the largest of its parts."""
+    earlier = before.get("memory", {})
+    both = {name: [v for v in (peaks.get(name), earlier.get(name)) if is_number(v)] for name in PEAKS}
+    return {name: max(values) if values else None for name, values in both.items()}

@@ -4,14 +4,14 @@ import hashlib
 import json
 import logging
 import math
-import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from src.errors import InputError
 from src.files import write_whole
+from src.predictions import parse
 from src.retention_store import Key
 from src.summary import succeeded
 
@@ -47,12 +47,20 @@ def run_path(
 
 
 def load_records(folder: str | Path) -> list[dict[str, Any]]:
-    """The records that count (one per task and id, sorted). Reads only; a torn last line is left out."""
+    """The records that count (one per task and id, sorted). Reads only; what is torn or damaged is left out."""
     path = Path(folder) / PREDICTIONS
     if not path.exists():
         raise InputError(f"{path}: no such file; a run writes it")
+    lines = parse(path)
+    if lines.damaged:
+        log.warning("%s; left out", lines.complaint(path))
+    return current(lines.records)
+
+
+def current(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that count: one per task and id, sorted."""
     table = Table()
-    for record in parse(path)[0]:
+    for record in records:
         table.add(record)
     return table.current()
 
@@ -81,43 +89,6 @@ class Table:
         """Is this very record one of those that count?"""
         key = key_of(record)
         return self.last.get(key[:2]) == key and self.records[key] == record
-
-
-def parse(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The records of a file and where its valid part ends. Only the last line may be torn."""
-    records, place = [], 0
-    with path.open("rb") as file:
-        lines = file.readlines()  # bytes: only line ends split, never a separator inside a prediction
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            key_of(record)
-        except (ValueError, KeyError, TypeError):
-            if number == len(lines):
-                break
-            raise InputError(f"{path}:{number}: not a record; mend or delete this line") from None
-        records.append(record)
-        place += len(line)
-    return records, place
-
-
-def repair(path: Path) -> list[dict[str, Any]]:
-    """Read the records; cut off a torn last line and close one that only lacks its line end."""
-    if not path.exists():
-        return []
-    records, valid = parse(path)
-    with path.open("r+b") as file:
-        size = file.seek(0, os.SEEK_END)
-        if valid < size:
-            log.warning("%s: cut off an unfinished last line (%d bytes); that sample runs again", path, size - valid)
-            file.truncate(valid)
-        file.seek(max(valid - 1, 0))
-        if valid and file.read(1) != b"\n":
-            log.warning("%s: the last line lacked its line end; added", path)
-            file.write(b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-    return records
 
 
 def move_to_end(path: Path, keys: Collection[Key]) -> None:
