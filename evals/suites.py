@@ -1,12 +1,16 @@
 """The one door to all suites: `load_samples`."""
 
-from collections.abc import Mapping
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from evals import longbench, longgenbench, pocket
 from evals.errors import DataError
 from evals.tasks import Sample
+
+log = logging.getLogger(__name__)
 
 BROKEN_ROWS = ("refuse", "record")  # what becomes of a malformed row: nothing is loaded | a sample that has failed
 
@@ -25,6 +29,9 @@ def load_samples(
     Samples come in the order of the files, so a larger limit extends a smaller one. `seed` matters to `pocket` only,
     whose samples are generated. `options` are the suite's own further settings (the other keys of conf/tasks/*.yaml).
 
+    Rows of a task that share an id are samples of their own, equal rows too, as in the benchmarks' own scoring. In the
+    order of the file they are called `id`, `id#2`, `id#3`, ... (see `distinct`).
+
     A malformed row anywhere in a file is a DataError that names file and line; with `broken="record"` it is a sample
     with that line as its `error`, so that the others can run.
     """
@@ -41,7 +48,32 @@ def load_samples(
     else:
         settings = known(suite, options, ("reference_rows", "source_url"))
         samples = longgenbench.load(chosen, limit, data_dir, broken=broken, **settings)
-    return [with_prompt(sample, broken) for sample in samples]
+    return [with_prompt(sample, broken) for sample in distinct(samples)]
+
+
+def distinct(samples: Sequence[Sample]) -> list[Sample]:
+    """The samples, no two of a task with one id: the second `x` is `x#2`.
+
+    A name depends on the rows before it only, so neither a larger limit nor a resumed run changes it.
+    """
+    taken: set[tuple[str, str]] = set()
+    uses: Counter[tuple[str, str]] = Counter()  # how often an id was seen: its next free number is not below
+    renamed: dict[str, list[str]] = {}
+    result = []
+    for sample in samples:
+        task, given = sample.task.name, sample.id.replace("\0", "\N{SYMBOL FOR NULL}")  # NumPy's texts end at a NUL
+        name = given
+        while (task, name) in taken:
+            uses[task, given] += 1
+            name = f"{given}#{uses[task, given] + 1}"
+        taken.add((task, name))
+        if name != given:
+            renamed.setdefault(task, []).append(name)
+        result.append(sample if name == sample.id else replace(sample, id=name))
+    for task, names in renamed.items():
+        more = f" and {len(names) - 1} more" if names[1:] else ""
+        log.warning("task %s: rows share an id; samples of their own, by their order: %s%s", task, names[0], more)
+    return result
 
 
 def with_prompt(sample: Sample, broken: str) -> Sample:

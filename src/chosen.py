@@ -9,11 +9,15 @@ Written into a run's folder with `retention=positions`, one file per sample, bes
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from src.errors import InputError
+from src.files import Npz, write_npz
 from src.jobs import Generation
 from src.records import CHOSEN
 from src.run_files import file_name
@@ -23,15 +27,25 @@ def save_chosen(run: Path, task: str, sample: str, result: Generation, prompt_to
     """Whole or not at all; nothing where the policy does not choose."""
     if not result.picks:
         return
-    path = run / CHOSEN / f"{file_name(task, sample)}.npz"
-    path.parent.mkdir(exist_ok=True)
-    positions, picks = torch.stack(result.kept_end).numpy(), torch.stack(result.picks).numpy()
-    with path.with_suffix(".part").open("wb") as file:
-        np.savez_compressed(
-            file,
-            positions=positions,
-            picks=picks,
-            prompt_tokens=np.array(prompt_tokens),
-            steps=np.array(result.decode_steps),
-        )
-    path.with_suffix(".part").replace(path)
+    write_npz(
+        chosen_path(run, task, sample),
+        positions=torch.stack(result.kept_end).numpy(),
+        picks=torch.stack(result.picks).numpy(),
+        prompt_tokens=np.array(prompt_tokens),
+        steps=np.array(result.decode_steps),
+    )
+
+
+def chosen_path(run: Path, task: str, sample: str) -> Path:
+    return run / CHOSEN / f"{file_name(task, sample)}.npz"
+
+
+def has_chosen(run: Path, record: Mapping[str, Any]) -> bool:
+    """Is a readable file there of a sample whose policy chose? Always true of the others."""
+    if not record.get("chosen_positions"):
+        return True
+    try:
+        with Npz(chosen_path(run, record["task"], record["id"])) as found:
+            return all(found[name].size for name in ("positions", "picks", "prompt_tokens", "steps"))
+    except (OSError, InputError):
+        return False

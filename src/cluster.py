@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 
 from evals.errors import DataError
 from src.errors import InputError
+from src.files import no_room
 
 EXTRAS = {"hydra/launcher/submitit_slurm": "slurm", "hydra/launcher/ray": "ray"}  # which extra brings which launcher
 
@@ -51,6 +52,10 @@ def run_job(job: Callable[[DictConfig], int], cfg: DictConfig) -> Outcome:
             code = job(cfg)
     except (InputError, DataError) as error:
         return Outcome(2, str(error))
+    except OSError as error:
+        if (why := no_room(error)) is None:
+            traceback.print_exc()
+        return Outcome(2 if why else 1, why or f"{type(error).__name__}: {error}")
     except Exception as error:
         traceback.print_exc()
         return Outcome(1, f"{type(error).__name__}: {error}")

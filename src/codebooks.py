@@ -10,9 +10,12 @@ of text, as the paper has it; the text is prose that every Python ships.
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import random
 import sys
+import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -30,6 +33,7 @@ from policies.base import ModelShape
 from src import attention
 from src.embedded import cache_folder
 from src.errors import InputError
+from src.files import replacing, writing
 
 
 @dataclass(frozen=True)
@@ -97,10 +101,24 @@ def describe(model: ModelShape, groups: int, centroids: int) -> dict[str, str]:
 def save_codebooks(file: Path, tensor: Tensor, model: ModelShape, **more: Any) -> None:
     """`(layers, kv_heads, g, c, head_dim / g)`, with metadata that says what it is for; written whole."""
     found = describe(model, tensor.shape[2], tensor.shape[3]) | {k: str(v) for k, v in more.items()}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    save_file({"centroids": tensor.contiguous()}, part, {**found, "dtype": str(model.dtype).removeprefix("torch.")})
-    part.replace(file)
+    check_writable(file)
+    with replacing(file) as part:
+        try:
+            save_file(
+                {"centroids": tensor.contiguous()}, part, {**found, "dtype": str(model.dtype).removeprefix("torch.")}
+            )
+        except SafetensorError as error:  # as which a full disk comes out
+            raise InputError(f"{file}: cannot be written ({' '.join(str(error).split())})") from None
+
+
+def check_writable(file: Path) -> None:
+    """Before the long fit, not after it. Raises InputError."""
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=file.parent) as probe:
+            probe.write(b"probe")
 
 
 class KeyCollector:
@@ -173,6 +191,7 @@ def make(cfg: DictConfig) -> int:
                 f"output={file}: holds something else than codebooks of this model and these settings; "
                 "valid: another file, or overwrite=true"
             )
+    check_writable(file)
     texts = []
     for number in range(cfg.samples):
         text = "\n".join(passage(random.Random(f"{cfg.seed} {number}"), 8 * cfg.sample_tokens))

@@ -6,3 +6,7 @@ class InputError(Exception):
 
     Entry points print it on stderr and exit with code 2; no traceback.
     """
+
+
+class Damaged(InputError):
+    """A file of ours that has changed since it was written, or was cut. What it held can be computed again."""

@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +25,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from src.errors import InputError
+from src.files import Npz, write_npz
 from src.records import TRACES
 from src.reporting.data import Study
 from src.reporting.figures import LOOK, new_figure, plain_text
@@ -67,21 +66,18 @@ class Trace:
 
     def save(self, path: Path) -> None:
         """Whole or not at all."""
-        path.parent.mkdir(exist_ok=True)
         shares = np.array(self.shares, dtype=np.float32).reshape(-1, BINS)
         numbers = np.array([self.prompt_tokens, self.width, self.every])
-        with path.with_suffix(".part").open("wb") as file:
-            np.savez_compressed(file, shares=shares, steps=np.array(self.steps, dtype=int), numbers=numbers)
-        path.with_suffix(".part").replace(path)
+        write_npz(path, shares=shares, steps=np.array(self.steps, dtype=int), numbers=numbers)
 
     @classmethod
     def load(cls, path: Path) -> Trace:
         """Raises InputError for a file that is damaged or of another version."""
         try:
-            with np.load(path, allow_pickle=False) as found:
+            with Npz(path) as found:
                 prompt_tokens, width, every = found["numbers"].tolist()
                 return cls(prompt_tokens, width, every, found["steps"].tolist(), list(found["shares"]))
-        except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile):
+        except (OSError, ValueError, TypeError, InputError):
             raise InputError(f"{path}: not a trace of kept positions (or damaged); run it again") from None
 
 

@@ -9,9 +9,8 @@ retention.npz and retention.png.
 import fcntl
 import json
 import logging
-import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -19,10 +18,15 @@ from typing import Any, TextIO
 
 from src import retention_store as store
 from src.errors import InputError
+from src.files import append_whole, replacing, write_whole, writing
+from src.metrics_file import read_metrics, write_metrics
+from src.predictions import encode, repair
+from src.record_fields import is_number
+from src.retention_folder import FINISHED, JOURNAL, KeptFiles
 from src.retention_plots import plot_retention
 from src.retention_records import chosen, needle, score_bias
 from src.retention_store import Kept, Key
-from src.retention_summary import profile, summarise
+from src.retention_summary import Profile, profile, summarise
 from src.run_files import (
     PREDICTIONS,
     Table,
@@ -30,12 +34,11 @@ from src.run_files import (
     differences,
     key_of,
     load_records,
-    pretty,
-    repair,
+    move_to_end,
     run_path,
     settings_hash,
-    write_whole,
 )
+from src.seal import one_line, open_sealed, read_small, sealed
 from src.summary import compute_metrics, succeeded
 
 __all__ = ["Kept", "Key", "RunFolder", "compute_metrics", "load_records", "run_path", "settings_hash"]
@@ -43,10 +46,10 @@ __all__ = ["Kept", "Key", "RunFolder", "compute_metrics", "load_records", "run_p
 log = logging.getLogger(__name__)
 
 TRACES, CHOSEN = "kept_over_time", "chosen"  # folders of small files, see src/kept_over_time.py and src/chosen.py
-METRICS, SETTINGS, JOURNAL = "metrics.json", "settings.json", "retention.part"
+METRICS, SETTINGS, PICTURE = "metrics.json", "settings.json", "retention.png"
 WRITTEN = (
     *(PREDICTIONS, METRICS, SETTINGS, JOURNAL, "config.yaml", "environment.json"),
-    *("retention.npz", "retention.png", "wandb_id"),
+    *(FINISHED, PICTURE, "wandb_id"),
 )
 PEAKS = ("peak_bytes", "peak_prefill_bytes", "peak_decode_bytes")
 
@@ -74,6 +77,7 @@ class RunFolder:
         self.path = Path(path)
         self.mode = retention
         self._shared = shared
+        self._brought_back: set[Key] = set()  # records of earlier prompts that count again
         self._lock = self._take_lock()
         try:
             with self._turn():
@@ -86,15 +90,28 @@ class RunFolder:
         """Is this sample finished, so that it need not run again? Not if it failed, nor without fidelity if
         asked.
 
-        Where the data changed back to an earlier prompt, that prompt's record is made the current one again.
+        Where the data changed back to an earlier prompt, that prompt's record is made the current one again; `finish`
+        puts its line last.
         """
         record = self._table.records.get(key)
         if record is None or not succeeded(record) or (fidelity and not record.get("fidelity")):
             return False
         if self._table.last[key[:2]] != key:
-            with self._turn():
-                self._write_line(record)
+            self._table.last[key[:2]] = key
+            self._brought_back.add(key)
         return True
+
+    def found(self, key: Key) -> dict[str, Any]:
+        """The record of a sample that is `done`."""
+        return self._table.records[key]
+
+    def holds(self, record: Mapping[str, Any]) -> bool:
+        """Is this very record one of those that count?"""
+        return self._table.holds(record)
+
+    def has_retention(self, key: Key) -> bool:
+        """Is there of this sample what `retention` asks for?"""
+        return self._kept.suffices(key)
 
     def append(self, record: Mapping[str, Any], kept: Kept | None = None) -> None:
         """Keep one finished (or failed) sample for good. Returns once it is on the disk."""
@@ -102,7 +119,7 @@ class RunFolder:
         with self._turn():
             if kept is not None and self.mode != "off":
                 cut = int(record.get("context_tokens", record["prompt_tokens"]))  # tokens that the policy chose from
-                self._journal.append(store.kept_sample(key, cut, kept, self.mode))
+                self._kept.append(store.kept_sample(key, cut, kept, self.mode))
             self._write_line(dict(record))
 
     @property
@@ -123,29 +140,52 @@ class RunFolder:
         plot: bool = True,
         asked: Collection[tuple[str, str]] = (),
     ) -> dict[str, Any]:
-        """Write retention.npz, retention.png and (last) metrics.json over all current records; return the
-        metrics.
+        """Write retention.npz, metrics.json and (last) retention.png over all current records; return the metrics.
+
+        A disk too full for retention.npz costs no metrics: the journal still holds what it says. One too full for the
+        picture is a warning; the next call draws it.
 
         `asked`: task and id of the samples that this call was to run. Those that are not there, of this call or of
         earlier ones, are listed as `missing`: the run was interrupted.
+
+        Raises:
+            InputError: retention.npz or metrics.json cannot be written.
         """
         with self._turn():
+            again = {key for key in self._brought_back if self._table.last[key[:2]] == key}
             if self._shared:
                 self._read()
-            measured = self._finish_retention(recent, f"{policy}, {model}, budget {budget}", plot)
+            if again:
+                move_to_end(self.path / PREDICTIONS, again)
+                self._table.last |= {key[:2]: key for key in again}
+                self._brought_back.clear()
+            keys = [key for record in self.records if succeeded(record) and (key := key_of(record)) in self._kept]
+            refused = None
+            try:
+                if self._kept.finish(keys):
+                    (self.path / PICTURE).unlink(missing_ok=True)
+            except InputError as error:  # metrics.json is smaller and worth more
+                refused = error
+            data = profile(self._kept.read(keys), recent)
+            before = self._metrics_before()
             metrics = compute_metrics(
                 self.records,
                 policy=policy,
                 model=model,
                 budget=budget,
-                comparability=self._with_earlier_versions(comparability or {}),
+                comparability=self._with_earlier_versions(comparability or {}, before),
                 task_metrics=task_metrics,
-                peaks=self._peaks_so_far(peaks or {}),
-                retention=measured,
+                peaks=_peaks_so_far(peaks or {}, before),
+                retention=self._measured(keys, data),
             )
-            wanted = {*asked, *self._missing_before()}
+            wanted = {*asked, *((task, id_) for task, id_ in before.get("missing", ()))}
             metrics["missing"] = sorted(list(sample) for sample in wanted if sample not in self._table.last)
-            write_whole(self.path / METRICS, pretty(metrics))
+            metrics["settings_hash"] = self._settings_hash
+            metrics = write_metrics(self.path / METRICS, metrics)
+            if refused:
+                raise refused
+            if plot and keys:
+                self._draw(data, f"{policy}, {model}, budget {budget}")
             return metrics
 
     def close(self) -> None:
@@ -186,7 +226,9 @@ class RunFolder:
         if not self._shared:
             yield
             return
-        with (self.path / ".turn").open("w") as lock:
+        with writing(self.path / ".turn"):
+            turn = (self.path / ".turn").open("w")
+        with turn as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX)  # freed when closed
             except OSError as error:
@@ -205,6 +247,7 @@ class RunFolder:
                 (self.path / f"{name}.part").unlink(missing_ok=True)
             for name in (TRACES, CHOSEN):
                 shutil.rmtree(self.path / name, ignore_errors=True)
+        self._settings_hash = settings_hash(settings)
         self._check_settings(settings)
         if config:
             write_whole(self.path / "config.yaml", config)
@@ -217,24 +260,30 @@ class RunFolder:
         self._table = Table()
         for record in repair(self.path / PREDICTIONS):
             self._table.add(record)
-        self._journal = store.Journal(self.path / JOURNAL)
-        finished = self.path / "retention.npz"
-        self._finished = store.load_retention(finished) if finished.exists() else None
+        self._kept = KeptFiles(self.path, self.mode)
 
     def _check_settings(self, settings: Mapping[str, Any]) -> None:
         path, ours = self.path / SETTINGS, canonical(settings)
-        if not path.exists():
-            if (self.path / PREDICTIONS).exists():
+        there, damaged = path.exists(), ""
+        theirs: dict[str, Any] = {}
+        if there:
+            try:
+                theirs = read_small(path)
+            except (OSError, ValueError) as error:
+                damaged = one_line(error)
+            if not damaged and canonical(theirs) == ours:
+                return
+        if (self.path / PREDICTIONS).exists() or there:
+            if self._metrics_before().get("settings_hash") == settings_hash(settings):
+                log.warning("%s: damaged; written anew, as %s says whose the folder is", path, METRICS)
+            elif not there:
                 raise InputError(f"{self.path}: holds predictions but no {SETTINGS}, so whose they are is unknown")
-            write_whole(path, json.dumps(json.loads(ours), indent=2, ensure_ascii=False) + "\n")
-            return
-        try:
-            theirs = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            raise InputError(f"{path}: broken JSON; run with overwrite=true to start this folder afresh") from None
-        if canonical(theirs) != ours:
-            names = ", ".join(differences(theirs, json.loads(ours)))
-            raise InputError(f"{self.path}: its results were made with other settings ({names}); move it away")
+            elif damaged:
+                raise InputError(f"{path}: damaged ({damaged}); run with overwrite=true to start this folder afresh")
+            else:
+                names = ", ".join(differences(theirs, json.loads(ours)))
+                raise InputError(f"{self.path}: its results were made with other settings ({names}); move it away")
+        write_whole(path, json.dumps(json.loads(ours), indent=2, ensure_ascii=False) + "\n")
 
     def _write_environment(self, now: dict[str, Any]) -> None:
         """The present environment; different earlier ones of the same folder are kept below it."""
@@ -242,78 +291,62 @@ class RunFolder:
         earlier: list[Any] = []
         if path.exists():
             try:
-                before = json.loads(path.read_text(encoding="utf-8"))
-                earlier = before.pop("earlier", [])
+                before = open_sealed(read_small(path))[0]
+                earlier = list(before.pop("earlier", []))
                 if before != json.loads(json.dumps(now)):
                     earlier.append(before)
-            except ValueError:
-                log.warning("%s: not readable, written anew", path)
-        write_whole(path, json.dumps({**now, **({"earlier": earlier} if earlier else {})}, indent=2) + "\n")
+            except (OSError, ValueError, TypeError) as error:
+                log.warning("%s: damaged (%s); written anew", path, one_line(error))
+        content = {**now, **({"earlier": earlier} if earlier else {})}
+        write_whole(path, json.dumps(sealed(content), indent=2) + "\n")
 
     # --- writing ---
 
     def _write_line(self, record: dict[str, Any]) -> None:
-        line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
-        try:
-            data = line.encode()
-        except UnicodeEncodeError:  # half of a surrogate pair in somebody's data
-            data = (json.dumps(record, allow_nan=False) + "\n").encode()
-        with (self.path / PREDICTIONS).open("ab") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        append_whole(self.path / PREDICTIONS, encode(record))
         self._table.add(record)
 
-    def _finish_retention(self, recent: int | None, title: str, plot: bool) -> dict[str, Any]:
-        wanted = [key_of(r) for r in self.records if succeeded(r)]
-        keys = [k for k in wanted if k in self._journal.frames or (self._finished and k in self._finished)]
+    def _measured(self, keys: Sequence[Key], data: Profile) -> dict[str, Any]:
+        """The `retention` part of metrics.json."""
         if not keys:
             return {}
-        target, picture = self.path / "retention.npz", self.path / "retention.png"
-        if self._journal.frames or self._finished is None or self._finished.keys != keys:
-            store.write_retention(target, keys, self._read_kept)
-            (self.path / JOURNAL).unlink(missing_ok=True)
-            picture.unlink(missing_ok=True)
-            self._journal = store.Journal(self.path / JOURNAL)
-            self._finished = store.load_retention(target)
-        assert self._finished is not None
-        data = profile(self._finished, recent)
-        if plot and not picture.exists():
-            part = self.path / "retention.part.png"
-            plot_retention(data, part, title)
-            part.replace(picture)
         records = self.records
-        return summarise(data) | needle(self._finished, records) | score_bias(records) | chosen(records)
+        return summarise(data) | needle(self._kept.read(keys), records) | score_bias(records) | chosen(records)
 
-    def _read_kept(self, key: Key) -> store.KeptSample:
-        if key in self._journal.frames:
-            return self._journal.read(key)
-        assert self._finished is not None
-        return self._finished.sample(key)
-
-    def _missing_before(self) -> set[tuple[str, str]]:
-        """What an interrupted call left out, as its metrics.json says."""
+    def _draw(self, data: Profile, title: str) -> None:
+        """A run is worth more than its picture: whatever is against it is a warning."""
+        picture = self.path / PICTURE
+        if picture.exists():
+            return
         try:
-            before = json.loads((self.path / METRICS).read_text(encoding="utf-8"))["missing"]
-        except (OSError, ValueError, KeyError):
-            return set()
-        return {(str(task), str(id_)) for task, id_ in before or ()}
+            with replacing(picture) as part:
+                plot_retention(data, part, title)
+        except Exception as error:
+            log.warning("not drawn, the next call tries again: %s", " ".join(f"{error}".split()) or repr(error))
 
-    def _with_earlier_versions(self, now: Mapping[str, Any]) -> dict[str, Any]:
+    def _metrics_before(self) -> dict[str, Any]:
+        """metrics.json as an earlier call left it; empty if there is none, or if it is damaged."""
+        path = self.path / METRICS
+        if not path.exists():
+            return {}
+        try:
+            return read_metrics(path)[0]
+        except (OSError, ValueError) as error:
+            log.warning("%s: damaged (%s); what it held of earlier calls is computed anew", path, one_line(error))
+            return {}
+
+    def _with_earlier_versions(self, now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
         """`task_versions` names all tasks in the folder, also those of earlier calls and of other jobs."""
-        try:
-            before = json.loads((self.path / METRICS).read_text(encoding="utf-8"))["comparability"]["task_versions"]
-        except (OSError, ValueError, KeyError):
+        versions = before.get("comparability", {}).get("task_versions")
+        if not isinstance(versions, Mapping):
             return dict(now)
         present = {record["task"] for record in self.records}
-        kept = {task: version for task, version in before.items() if task in present}
+        kept = {task: version for task, version in versions.items() if task in present}
         return {**now, "task_versions": dict(sorted({**kept, **now.get("task_versions", {})}.items()))}
 
-    def _peaks_so_far(self, peaks: Mapping[str, float | None]) -> dict[str, float | None]:
-        """Peaks are per process; a resumed run's count is the largest of its parts."""
-        try:
-            before = json.loads((self.path / METRICS).read_text(encoding="utf-8"))["memory"]
-        except (OSError, ValueError, KeyError):
-            before = {}
-        both = {name: [v for v in (peaks.get(name), before.get(name)) if v is not None] for name in PEAKS}
-        return {name: max(values) if values else None for name, values in both.items()}
+
+def _peaks_so_far(peaks: Mapping[str, float | None], before: Mapping[str, Any]) -> dict[str, float | None]:
+    """Peaks are per process; a resumed run's count is the largest of its parts."""
+    earlier = before.get("memory", {})
+    both = {name: [v for v in (peaks.get(name), earlier.get(name)) if is_number(v)] for name in PEAKS}
+    return {name: max(values) if values else None for name, values in both.items()}

@@ -11,13 +11,14 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from rich.console import Console
 
 from src.errors import InputError
+from src.files import no_room, write_whole
 from src.kept_over_time import of_study
 from src.reporting.analysis import Analysis, Difference, analyse
 from src.reporting.data import make_study
@@ -51,6 +52,8 @@ def write_report(
     tables = make_tables(analysis)
     tables += [table for table in (retention_table(analysis), overlap_table(analysis)) if table]
     maps, warnings = retention_maps(study)
+    study = replace(study, warnings=(*study.warnings, *warnings))  # for the page, report.json and the terminal
+    analysis = replace(analysis, study=study)
     figures = make_figures(analysis, maps)
     over_time = of_study(study)
     figures |= {"kept_over_time": over_time} if over_time else {}
@@ -60,22 +63,23 @@ def write_report(
         tables,
         {name: inline_svg(figure, name) for name, figure in figures.items()},
         contrasts(study, samples),
-        warnings,
     )
+    numbers = json.dumps(as_numbers(analysis), indent=2, ensure_ascii=False, allow_nan=False)
+    files = {
+        f"tables/{table.name}.{ending}": form(table).encode()
+        for table in (*tables, tasks_table(analysis))
+        for ending, form in (("md", markdown), ("csv", comma_separated), ("tex", latex))
+    }
+    for name, figure in figures.items():
+        files |= {f"figures/{name}.png": png(figure), f"figures/{name}.pdf": pdf(figure)}
+    files |= {"report.json": f"{numbers}\n".encode(), "report.html": html.encode("utf-8", "replace")}
     try:
         for folder in (out / "tables", out / "figures"):
             folder.mkdir(parents=True, exist_ok=True)
-        for table in (*tables, tasks_table(analysis)):
-            for ending, form in (("md", markdown), ("csv", comma_separated), ("tex", latex)):
-                _write(out / "tables" / f"{table.name}.{ending}", form(table).encode())
-        for name, figure in figures.items():
-            _write(out / "figures" / f"{name}.png", png(figure))
-            _write(out / "figures" / f"{name}.pdf", pdf(figure))
-        numbers = json.dumps(as_numbers(analysis), indent=2, ensure_ascii=False, allow_nan=False)
-        _write(out / "report.json", f"{numbers}\n".encode())
-        _write(out / "report.html", html.encode("utf-8", "replace"))
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written ({error.strerror})") from None
+    for name, content in files.items():
+        write_whole(out / name, content, sync=False)  # made again in seconds
     return out / "report.html", analysis, tables
 
 
@@ -118,12 +122,6 @@ def _no_nan(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_no_nan(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write(path: Path, content: bytes) -> None:
-    part = path.with_name(f"{path.name}.part")
-    part.write_bytes(content)
-    part.replace(path)
 
 
 def show(analysis: Analysis, tables: Sequence[Table], console: Console) -> None:
@@ -174,6 +172,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"report: {path}")
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if (why := no_room(error)) is None:
+            raise
+        print(f"error: {why}", file=sys.stderr)
         return 2
     return 0
 

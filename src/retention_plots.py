@@ -18,7 +18,7 @@ TICKS = (0, 1, 5, 10, 25, 50, 75, 100)
 
 
 def plot_retention(data: Profile, path: Path, title: str) -> None:
-    """Histogram over relative position (all layers and heads) above a heat map of layers by 64 bins."""
+    """Histogram over relative position (all layers and heads) above a heat map of layers by 64 bins, as a PNG."""
     figure = Figure(figsize=(6.4, 5.4))
     FigureCanvasAgg(figure)  # no window system, none of pyplot's global state
     grid = {"left": 0.12, "right": 0.9, "bottom": 0.09, "top": 0.9, "wspace": 0.04, "hspace": 0.1}
@@ -36,7 +36,7 @@ def plot_retention(data: Profile, path: Path, title: str) -> None:
     bottom.set_xlabel("relative position in the prompt (0 = first token, 1 = last)")
     figure.colorbar(image, cax=bar, label="positions kept (%)", ticks=TICKS)
     figure.align_ylabels([top, bottom])
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, format="png", dpi=150)
 
 
 def draw_histogram(axes: Axes, data: Profile) -> None:

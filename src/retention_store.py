@@ -18,7 +18,7 @@ import io
 import json
 import logging
 import math
-import os
+import mmap
 import struct
 import zipfile
 import zlib
@@ -30,9 +30,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from src.errors import InputError
+from src.errors import Damaged, InputError
+from src.files import Npz, append_whole, replacing, writing
 
 SCHEMA = 1
+REMEDY = "launch the run's command again: what is lost is computed anew"
 BINS = 64
 MODES = ("positions", "bins", "off")
 Key = tuple[str, str, str]  # task, id, prompt hash
@@ -141,11 +143,15 @@ _MAGIC = b"KVR1"
 
 
 class Journal:
-    """An append-only file of samples. A torn last frame (the process was killed) is cut off on opening."""
+    """An append-only file of samples.
+
+    A torn last frame (the process was killed) is cut off on opening; a damaged one is passed over, as if it were not
+    there.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.frames: dict[Key, tuple[int, int]] = {}  # key -> place and size of its last frame
+        self.frames: dict[Key, Frame] = {}  # of each key the last
         if path.exists():
             self._scan()
 
@@ -155,50 +161,82 @@ class Journal:
         header = json.dumps(fields).encode()
         payload = zlib.compress(b"".join(np.ascontiguousarray(x).tobytes() for x in arrays), 1)
         frame = _FRAME.pack(_MAGIC, len(header), len(payload), zlib.crc32(header + payload)) + header + payload
-        with self.path.open("ab") as file:
-            start = file.tell()
-            file.write(frame)
-            file.flush()
-            os.fsync(file.fileno())
-        self.frames[sample.key] = (start, len(frame))
+        start = append_whole(self.path, frame)
+        self.frames[sample.key] = Frame(start, len(frame), sample.binned)
 
     def read(self, key: Key) -> KeptSample:
-        start, size = self.frames[key]
-        with self.path.open("rb") as file:
-            file.seek(start)
-            frame = file.read(size)
-        _, header_size, _, crc = _FRAME.unpack_from(frame)
-        body = frame[_FRAME.size :]
-        if zlib.crc32(body) != crc:
-            raise InputError(f"{self.path}: the entry of {key[0]} {key[1]} is damaged; run with overwrite=true")
+        """Raises Damaged: no sound entry of this sample is there."""
+        frame, found = self.frames.get(key), None
+        if frame is not None:
+            with self.path.open("rb") as file:
+                file.seek(frame.start)
+                found = _parse(file.read(frame.size))
+        if found is None:
+            raise Damaged(
+                f"{self.path}: the entry of {key[0]} {key[1]} is damaged; the same command again computes it anew"
+            )
+        return found
+
+    def _scan(self) -> None:
+        """Find every entry that passes its check. What is damaged is passed over; a torn end is cut off."""
+        total = self.path.stat().st_size
+        if not total:
+            return
+        place = lost = end = 0  # `end`: of the last sound entry
+        with self.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            while (start := content.find(_MAGIC, place)) >= 0:
+                size = _frame_size(content[start : start + _FRAME.size])
+                sample = _parse(content[start : start + size]) if size and start + size <= total else None
+                if sample is None:
+                    place = start + 1
+                    continue
+                lost += start - end
+                self.frames[sample.key] = Frame(start, size, sample.binned)
+                place = end = start + size
+        if lost:
+            log.warning("%s: %d bytes in the middle are damaged; the samples they held run again", self.path, lost)
+        if end < total:
+            log.warning("%s: cut off %d bytes of an unfinished entry", self.path, total - end)
+            with writing(self.path), self.path.open("r+b") as file:
+                file.truncate(end)
+
+
+class Frame(NamedTuple):
+    """Where an entry lies in the journal, and whether it holds counts only."""
+
+    start: int
+    size: int
+    binned: bool
+
+
+def _frame_size(head: bytes) -> int:
+    if len(head) < _FRAME.size:
+        return 0
+    _, header_size, payload_size, _ = _FRAME.unpack(head)
+    return int(_FRAME.size + header_size + payload_size)
+
+
+def _parse(frame: bytes) -> KeptSample | None:
+    """The sample in an entry; None if it is not as it was written."""
+    if _frame_size(frame[: _FRAME.size]) != len(frame):
+        return None
+    _, header_size, _, crc = _FRAME.unpack_from(frame)
+    body = frame[_FRAME.size :]
+    if zlib.crc32(body) != crc:
+        return None
+    try:
         header = json.loads(body[:header_size])
         data = zlib.decompress(body[header_size:])
-        shape = tuple(header["shape"])
-        dtype = np.dtype(np.uint32 if header["binned"] else np.uint8)
+        task, id_, prompt_hash = header["key"]
+        shape, binned = tuple(header["shape"]), bool(header["binned"])
+        dtype = np.dtype(np.uint32 if binned else np.uint8)
         size = int(np.prod(shape)) * dtype.itemsize
         first, second = (np.frombuffer(data[i * size : (i + 1) * size], dtype).reshape(shape) for i in (0, 1))
         generated = np.frombuffer(data[2 * size :], np.int32).reshape(shape[:2])
-        return KeptSample(key, header["n"], header["binned"], first, second, generated)
-
-    def _scan(self) -> None:
-        total = self.path.stat().st_size
-        place = 0
-        with self.path.open("rb") as file:
-            while place + _FRAME.size <= total:
-                magic, header_size, payload_size, crc = _FRAME.unpack(file.read(_FRAME.size))
-                size = _FRAME.size + header_size + payload_size
-                if magic != _MAGIC or place + size > total:
-                    break
-                body = file.read(size - _FRAME.size)
-                if zlib.crc32(body) != crc and place + size == total:
-                    break
-                task, id_, prompt_hash = json.loads(body[:header_size])["key"]
-                self.frames[(task, id_, prompt_hash)] = (place, size)
-                place += size
-        if place < total:
-            log.warning("%s: cut off %d bytes of an unfinished entry", self.path, total - place)
-            with self.path.open("r+b") as file:
-                file.truncate(place)
+        end = first if np.array_equal(first, second) else second  # as `Retention.sample` has it
+        return KeptSample((task, id_, prompt_hash), header["n"], binned, first, end, generated)
+    except Exception:  # the check value covers all but the two sizes: with one of them wrong, anything may follow
+        return None
 
 
 # --- the finished file ---
@@ -210,12 +248,12 @@ class Retention:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._file = np.load(path, allow_pickle=False)
+            self._file = Npz(path)
             schema = int(self._file["schema"])
         except FileNotFoundError:
             raise InputError(f"{path}: no such file; a finished run with retention=positions writes it") from None
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-            raise InputError(f"{path}: not a retention file (or damaged)") from None
+        except (Damaged, TypeError, ValueError):
+            raise Damaged(f"{path}: not a retention file (or damaged); {REMEDY}") from None
         if schema != SCHEMA:
             raise InputError(
                 f"{path}: retention schema {schema}, this version reads schema {SCHEMA}; "
@@ -225,6 +263,23 @@ class Retention:
         self._end_same = self._file["end_same"]
         self.keys: list[Key] = [(str(t), str(i), str(h)) for t, i, h in self._file["key"]]
         self._index = {key: i for i, key in enumerate(self.keys)}
+
+    def drop_damaged(self) -> list[Key]:
+        """Read every sample once, leave out those that fail, and return them."""
+        bad = {key: self._index.pop(key) for key in self.keys if not self._is_sound(key)}
+        self.keys = [key for key in self.keys if key not in bad]
+        return list(bad)
+
+    def _is_sound(self, key: Key) -> bool:
+        try:
+            self.sample(key)
+        except Damaged:
+            return False
+        return True
+
+    def binned(self, key: Key) -> bool:
+        """Are there only counts of this sample?"""
+        return bool(self._binned[self._index[key]])
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -236,10 +291,15 @@ class Retention:
         return (self.sample(key) for key in self.keys)
 
     def sample(self, key: Key) -> KeptSample:
+        """Raises Damaged: these bytes fail the archive's check."""
         i = self._index[key]
-        prompt = self._file[f"prompt_{i:06d}"]
-        end = prompt if self._end_same[i] else self._file[f"end_{i:06d}"]
-        return KeptSample(key, int(self._n[i]), bool(self._binned[i]), prompt, end, self._file[f"generated_{i:06d}"])
+        try:
+            prompt = self._file[f"prompt_{i:06d}"]
+            end = prompt if self._end_same[i] else self._file[f"end_{i:06d}"]
+            generated = self._file[f"generated_{i:06d}"]
+        except Damaged:
+            raise Damaged(f"{self.path}: damaged at sample {key[0]} {key[1]}; {REMEDY}") from None
+        return KeptSample(key, int(self._n[i]), bool(self._binned[i]), prompt, end, generated)
 
     def close(self) -> None:
         self._file.close()
@@ -252,10 +312,12 @@ def load_retention(path: str | Path) -> Retention:
 
 
 def write_retention(path: Path, keys: Sequence[Key], read: Any) -> None:
-    """Write the samples `read(key)` of all keys, one at a time; the file appears only when complete."""
-    part = path.with_suffix(".npz.part")
+    """Write the samples `read(key)` of all keys, one at a time; the file appears only when complete.
+
+    Raises InputError: it cannot be written.
+    """
     n, binned, same = [], [], []
-    with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED, compresslevel=4) as file:
+    with replacing(path) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED, compresslevel=4) as file:
         for i, key in enumerate(keys):
             sample: KeptSample = read(key)
             n.append(sample.n)
@@ -270,9 +332,6 @@ def write_retention(path: Path, keys: Sequence[Key], read: Any) -> None:
         _member(file, "n", np.asarray(n, dtype=np.int64))
         _member(file, "binned", np.asarray(binned, dtype=bool))
         _member(file, "end_same", np.asarray(same, dtype=bool))
-    with part.open("rb+") as done:
-        os.fsync(done.fileno())
-    part.replace(path)
 
 
 def _member(file: zipfile.ZipFile, name: str, array: NDArray[Any]) -> None:

@@ -187,8 +187,10 @@ def summarise(samples: Iterable[KeptSample] | Profile, recent: int | None = None
         return {}
     whole, heavy = data.total(data.whole), data.total(data.heavy)
     layers = range(data.layers)
+    counts = sum("recent" not in row for row in data.rows)  # retention=bins
     return {
         "samples": len(data.rows),
+        **({"only_counts": counts} if 0 < counts < len(data.rows) else {}),
         "kept_whole": sum(row["kept"] == row["n"] for row in data.rows),
         "kept_mean": _mean(data.rows, "kept"),
         "recent_mean": _mean(data.rows, "recent"),

@@ -4,13 +4,14 @@ import hashlib
 import json
 import logging
 import math
-import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from src.errors import InputError
+from src.files import write_whole
+from src.predictions import parse
 from src.retention_store import Key
 from src.summary import succeeded
 
@@ -20,8 +21,16 @@ PREDICTIONS = "predictions.jsonl"
 
 
 def file_name(task: str, sample: str) -> str:
-    """For files of one sample: letters, digits, dots and dashes only."""
-    return re.sub(r"[^\w.-]", "_", f"{task}-{sample}")
+    """For files of one sample: `<task>-<id>`, no two alike, also where upper and lower case are the same.
+
+    An id that is long or holds anything but lower-case letters, digits, `_`, `.` and `-` is shortened to what is
+    readable of it, followed by `~` (which no other name has) and a hash. No task's name is another's with a dash.
+    """
+    name = f"{task}-{sample}"
+    if re.fullmatch(r"[a-z0-9_.-]{1,120}", name):
+        return name
+    digest = hashlib.sha256(json.dumps([task, sample]).encode()).hexdigest()[:24]
+    return f"{re.sub(r'[^A-Za-z0-9_.-]', '_', name)[:80]}~{digest}"
 
 
 def settings_hash(settings: Mapping[str, Any]) -> str:
@@ -38,12 +47,20 @@ def run_path(
 
 
 def load_records(folder: str | Path) -> list[dict[str, Any]]:
-    """The records that count (one per task and id, sorted). Reads only; a torn last line is left out."""
+    """The records that count (one per task and id, sorted). Reads only; what is torn or damaged is left out."""
     path = Path(folder) / PREDICTIONS
     if not path.exists():
         raise InputError(f"{path}: no such file; a run writes it")
+    lines = parse(path)
+    if lines.damaged:
+        log.warning("%s; left out", lines.complaint(path))
+    return current(lines.records)
+
+
+def current(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that count: one per task and id, sorted."""
     table = Table()
-    for record in parse(path)[0]:
+    for record in records:
         table.add(record)
     return table.current()
 
@@ -68,42 +85,25 @@ class Table:
     def current(self) -> list[dict[str, Any]]:
         return [self.records[self.last[name]] for name in sorted(self.last)]
 
+    def holds(self, record: Mapping[str, Any]) -> bool:
+        """Is this very record one of those that count?"""
+        key = key_of(record)
+        return self.last.get(key[:2]) == key and self.records[key] == record
 
-def parse(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The records of a file and where its valid part ends. Only the last line may be torn."""
-    records, place = [], 0
+
+def move_to_end(path: Path, keys: Collection[Key]) -> None:
+    """Put these keys' lines last, where they count, and leave every line as it is."""
     with path.open("rb") as file:
-        lines = file.readlines()  # bytes: only line ends split, never a separator inside a prediction
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            key_of(record)
-        except (ValueError, KeyError, TypeError):
-            if number == len(lines):
-                break
-            raise InputError(f"{path}:{number}: not a record; mend or delete this line") from None
-        records.append(record)
-        place += len(line)
-    return records, place
+        lines = file.readlines()
+    wanted = [line for line in lines if _key_in(line) in keys]
+    write_whole(path, b"".join([line for line in lines if _key_in(line) not in keys] + wanted))
 
 
-def repair(path: Path) -> list[dict[str, Any]]:
-    """Read the records; cut off a torn last line and close one that only lacks its line end."""
-    if not path.exists():
-        return []
-    records, valid = parse(path)
-    with path.open("r+b") as file:
-        size = file.seek(0, os.SEEK_END)
-        if valid < size:
-            log.warning("%s: cut off an unfinished last line (%d bytes); that sample runs again", path, size - valid)
-            file.truncate(valid)
-        file.seek(max(valid - 1, 0))
-        if valid and file.read(1) != b"\n":
-            log.warning("%s: the last line lacked its line end; added", path)
-            file.write(b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-    return records
+def _key_in(line: bytes) -> Key | None:
+    try:
+        return key_of(json.loads(line))
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def key_of(record: Mapping[str, Any]) -> Key:
@@ -143,13 +143,3 @@ def pretty(value: Any) -> str:
 
 def _safe(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._=+-]+", "_", text).strip("._") or "_"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """All of the new content or all of the old, never a part."""
-    part = path.with_name(f"{path.name}.part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)

@@ -9,6 +9,7 @@ import json
 import signal
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from evals.suites import load_samples
 from evals.tasks import Sample
 from src.binding import bind
-from src.chosen import save_chosen
+from src.chosen import has_chosen, save_chosen
 from src.cluster import distributed
 from src.engine import Engine
 from src.environment import environment
@@ -82,6 +83,7 @@ class Session:
         self.engine = TracingEngine(self.model.model, lanes, every) if every else Engine(self.model.model, lanes)
         self.interrupted = False
         self.failed = 0
+        self.without_positions = 0  # finished samples that run again
         folders = []
         with ExitStack() as opened:  # if the last cell's folder is refused, the others' are free again
             for cell in bind(cells, self.model):
@@ -105,12 +107,20 @@ class Session:
             at_once = True
             raise
         finally:
-            for cell in self.cells:
-                if not at_once:
-                    self._close(cell)
-                cell.folder.close()
+            refused = self._close_all(without=at_once)
             if self.interrupted:
                 print(f"interrupted: {progress.finished} of {progress.total} done; {self._again()}", file=sys.stderr)
+        if self.without_positions:
+            print(
+                f"{self.without_positions} finished samples ran again: what they had kept was not there "
+                f"(retention={self.cfg.retention}; retention=off leaves them)",
+                file=sys.stderr,
+            )
+        if refused and not isinstance(refused[0], InputError):
+            raise refused[0]
+        if refused:
+            more = f"; and {len(refused) - 1} more cells could not be finished" if refused[1:] else ""
+            raise InputError(f"{refused[0]}{more}; {self._again()}") from None
         if self.failed:
             print(f"{self.failed} samples failed; their reasons are in predictions.jsonl (`error`)", file=sys.stderr)
         if self.interrupted:
@@ -141,7 +151,8 @@ class Session:
 
     def _run(self, progress: Progress) -> None:
         by_variant = {id(cell.config.variant): cell for cell in self.cells}
-        prepared: dict[str, Prepared] = {}
+        prepared: dict[str, Prepared] = {}  # until the last cell that lacks it is done
+        open_cells: Counter[str] = Counter()
 
         def jobs() -> Iterator[Job]:
             for sample in self.samples:
@@ -159,6 +170,7 @@ class Session:
                 if missing:
                     request = to_request(one, self.model, self.cfg)
                     prepared[request.name] = one
+                    open_cells[request.name] = len(missing)
                     yield Job(request, [c.config.variant for c in missing])
 
         for result in self.engine.run(jobs(), stop=lambda: self.interrupted):
@@ -171,6 +183,9 @@ class Session:
                 cut = record.get("context_tokens", record["prompt_tokens"])
                 save_chosen(by_variant[id(result.variant)].folder.path, record["task"], record["id"], result, cut)
             self._keep(by_variant[id(result.variant)], record, kept, progress)
+            open_cells[result.request.name] -= 1
+            if not open_cells[result.request.name]:
+                del prepared[result.request.name], open_cells[result.request.name]
 
     def _done(self, cell: Cell, one: Prepared) -> bool:
         """Finished, with everything that this command asks for."""
@@ -178,11 +193,17 @@ class Session:
         path = trace_path(cell.folder.path, one.sample.task.name, one.sample.id)
         if every and not made_with(path, every):
             return False
-        return cell.folder.done(one.key, self.cfg.fidelity)
+        if not cell.folder.done(one.key, self.cfg.fidelity):
+            return False
+        there = cell.folder.has_retention(one.key)
+        if self.cfg.retention == "positions":
+            there = there and has_chosen(cell.folder.path, cell.folder.found(one.key))
+        self.without_positions += not there
+        return there
 
     def _keep(self, cell: Cell, record: dict[str, Any], kept: Kept | None, progress: Progress) -> None:
         """Onto the disk, to the tracker, onto the screen."""
-        if not (record["error"] and record in cell.folder.records):  # the same malformed row is written once
+        if not (record["error"] and cell.folder.holds(record)):  # the same malformed row is written once
             cell.folder.append(record, kept)
             cell.tracker.log_sample(record)
         progress.done(cell.config, record)
@@ -252,6 +273,19 @@ class Session:
             "weights": self.model.source,
             "task_versions": {s.task.name: s.task.version for s in self.samples},
         }
+
+    def _close_all(self, without: bool) -> list[Exception]:
+        """Finish and free every folder (`without` finishing them); what is against one costs no other."""
+        refused: list[Exception] = []
+        for cell in self.cells:
+            try:
+                if not without:
+                    self._close(cell)
+            except Exception as error:
+                refused.append(error)
+            finally:
+                cell.folder.close()
+        return refused
 
     def _close(self, cell: Cell) -> None:
         memory = self.engine.memory

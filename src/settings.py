@@ -27,6 +27,7 @@ from evals.suites import task_names
 from policies.base import Policy
 from src.cluster import EXTRAS, Outcome, distributed, report, run_job
 from src.errors import InputError
+from src.files import no_room
 from src.help import register_help
 from src.jobs import Budget, SplitBudget, Variant
 
@@ -99,6 +100,10 @@ def main(config_name: str, job: Callable[[DictConfig], int]) -> int:
                 codes.append(complain(str(error)))
             except OmegaConfBaseException as error:
                 codes.append(complain(explain(error, config_name, sys.argv[1:])))
+            except OSError as error:
+                if (why := no_room(error)) is None:
+                    raise
+                codes.append(complain(why))
         if codes[-1] == INTERRUPTED:
             raise KeyboardInterrupt  # ends the jobs that were to follow, too
         return codes[-1]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from src.errors import InputError
+from src.files import write_whole
 from src.wandb_server import key_configured, one_line, server, server_answers, within
 
 MODES = ("auto", "online", "offline", "disabled")
@@ -267,9 +269,11 @@ def _teardown() -> None:
 
 def _run_id(folder: Path) -> str:
     path = folder / RUN_ID
-    if not path.exists():
-        path.write_text(uuid.uuid4().hex[:12] + "\n", encoding="utf-8")
-    return path.read_text(encoding="utf-8").strip()
+    known = path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else ""
+    if not re.fullmatch(r"[a-z0-9]{4,64}", known):  # none yet, or one that W&B would refuse for ever
+        known = uuid.uuid4().hex[:12]
+        write_whole(path, f"{known}\n")
+    return known
 
 
 def _cell(value: Any) -> Any:

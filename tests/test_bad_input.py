@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cli import ROOT, Result, call, folders, lines, longbench_folder, metrics, predictions, row, unchanged
+from cli import ROOT, Result, call, folders, lines, longbench_folder, metrics, row, unchanged
 from tiny import tiny, tiny_tokenizer
 
 HOTPOT = ["tasks=hotpotqa", "limit=null"]
@@ -279,16 +279,19 @@ def test_weights_that_are_not_numbers(base: list[str], tmp_path: Path) -> None:
 
 
 def test_results_of_other_settings(base: list[str]) -> None:
-    """Only a hand can bring that about."""
+    """Only a hand can bring that about; damage can, too, but the metrics of a finished run know better."""
     arguments = [*base, "policy=h2o", "budget=40"]
     done = call("run", *arguments)
-    path = done.folder / "settings.json"
-    path.write_text(path.read_text().replace('"heavy_share": 0.5', '"heavy_share": 0.7'))
-    with unchanged(done.folder):
-        refused(call("run", *arguments), str(done.folder), "heavy_share", "0.7")
-    path.write_text("{")
-    with unchanged(done.folder):
-        refused(call("run", *arguments), "settings.json")
+    path, figures = done.folder / "settings.json", done.folder / "metrics.json"
+    sound, finished = path.read_text(), figures.read_bytes()
+    for damage in (sound.replace('"heavy_share": 0.5', '"heavy_share": 0.7'), "{", ""):
+        figures.unlink()
+        path.write_text(damage)
+        with unchanged(done.folder):
+            refused(call("run", *arguments), str(done.folder))
+        figures.write_bytes(finished)
+        assert call("run", *arguments).code == 0 and path.read_text() == sound
+    figures.unlink()
     path.unlink()
     with unchanged(done.folder):
         refused(call("run", *arguments), "settings.json")
@@ -300,10 +303,7 @@ def test_broken_line_in_the_middle_of_predictions(base: list[str]) -> None:
     path = done.folder / "predictions.jsonl"
     whole = path.read_bytes()
     path.write_bytes(b"{broken\n" + whole)
-    with unchanged(done.folder):
-        refused(call("run", *arguments), "predictions.jsonl:1")
-    path.write_bytes(whole)
-    assert call("run", *arguments).code == 0 and len(predictions(done.folder)) == 2
+    assert call("run", *arguments).code == 0 and path.read_bytes() == whole
 
 
 def test_results_that_cannot_be_written(base: list[str], tmp_path: Path) -> None:

@@ -130,17 +130,19 @@ def test_a_torn_last_line_is_cut_off_with_a_warning(tmp_path: Path, cut: int, ca
     assert [json.loads(line)["id"] for line in lines] == (["1", "2", "2"] if cut == 1 else ["1", "2"])
 
 
-def test_a_broken_line_in_the_middle_is_refused_by_place(tmp_path: Path) -> None:
+def test_a_broken_line_in_the_middle_is_dropped_by_place(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with folder(tmp_path) as run:
         run.append(record(id_="1"))
         run.append(record(id_="2"))
     path = tmp_path / "predictions.jsonl"
-    path.write_bytes(b"{broken\n" + path.read_bytes())
-    with pytest.raises(InputError, match=r"predictions\.jsonl:1: "):
-        folder(tmp_path)
+    whole = path.read_bytes()
+    path.write_bytes(b"{broken\n" + whole)
+    assert len(load_records(tmp_path)) == 2 and "predictions.jsonl:1: damaged" in caplog.text
+    caplog.clear()
+    folder(tmp_path).close()
+    assert "predictions.jsonl:1: damaged" in caplog.text and path.read_bytes() == whole
     path.write_text("{}\n{}\n")
-    with pytest.raises(InputError, match="not a record"):
-        load_records(tmp_path)
+    assert load_records(tmp_path) == [] and "predictions.jsonl:1, 2: damaged (task should be" in caplog.text
 
 
 def test_any_text_survives_unchanged(tmp_path: Path) -> None:
@@ -232,10 +234,8 @@ def test_config_and_environment_are_written_and_earlier_environments_kept(tmp_pa
     folder(tmp_path, environment={"torch": "1"}).close()
     folder(tmp_path, environment={"torch": "2"}).close()
     assert (tmp_path / "config.yaml").read_text() == "budget: 4\n"
-    assert json.loads((tmp_path / "environment.json").read_text()) == {
-        "torch": "2",
-        "earlier": [{"torch": "1"}],
-    }
+    written = json.loads((tmp_path / "environment.json").read_text())
+    assert len(written.pop("check")) == 8 and written == {"torch": "2", "earlier": [{"torch": "1"}]}
 
 
 def test_environment_names_versions_processor_and_commit() -> None:
@@ -350,6 +350,6 @@ def test_no_metrics_file_is_ever_half_written(tmp_path: Path, monkeypatch: pytes
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(os, "fsync", fail)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(InputError, match=r"metrics\.json: cannot be written \(No space"):
             run.finish(**NAMES, task_metrics={"qa": "qa_f1"})
         assert (tmp_path / "metrics.json").read_bytes() == before

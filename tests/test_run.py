@@ -56,7 +56,7 @@ def test_predictions_and_metrics(base: list[str]) -> None:
     assert sorted(r["id"] for r in records) == ["few_shot-0-0", "few_shot-0-1", "needle-0-0", "needle-0-1"]
     entry = 2 * 2 * 2 * 16 * 4  # keys and values x layers x KV heads x head dimension x float32
     for record in records:
-        assert set(record) == FIELDS | {"score_slope", "score_slope_theory", "score_by_octave"}
+        assert set(record) == FIELDS | {"score_slope", "score_slope_theory", "score_by_octave", "check"}
         assert record["error"] is None and record["fidelity"] is None and record["truncated"] is True
         assert 190 <= record["prompt_tokens"] <= 240 and record["kept"] == {"prompt": 40, "end": 40}
         assert record["kv_bytes"] == record["kv_bytes_peak"] == 40 * entry

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from src.errors import InputError
 from src.reporting.runs import Key, Run, budget_order, check_comparable, find_runs, label_runs, load_run
-from src.statistics import Array, macro_mean
+from src.statistics import Array
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,8 @@ class Study:
 def make_study(folders: Sequence[Path], baseline: str | None = None) -> Study:
     """Find, check, label, order and match the finished runs below these folders."""
     paths, warnings = find_runs(folders)
-    runs = [load_run(path) for path in paths]
+    runs, damaged = _sound_runs(paths)
+    warnings += damaged
     check_comparable(runs)
     runs, more = _single_full(runs)
     runs = label_runs(runs)
@@ -103,6 +104,32 @@ def make_study(folders: Sequence[Path], baseline: str | None = None) -> Study:
         comparability,
         tuple(warnings),
     )
+
+
+def _sound_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
+    """The runs whose files can be used, and what is to be said about the others and about these.
+
+    Raises:
+        InputError: none can.
+    """
+    runs: list[Run] = []
+    refused: list[InputError] = []
+    for path in paths:
+        try:
+            runs.append(load_run(path))
+        except InputError as error:
+            refused.append(error)
+    if not runs:
+        more = f" (and {len(refused) - 1} more runs)" if refused[1:] else ""
+        raise InputError(f"{refused[0]}{more}")
+    warnings = [f"A run is left out. {error}" for error in refused]
+    warnings += [note for run in runs for note in run.notes]
+    before = [run.folder.name for run in runs if run.unchecked]
+    if before:
+        warnings.append(
+            f"From before files carried check values, so that damage would go unnoticed: {', '.join(before)}."
+        )
+    return runs, warnings
 
 
 def _single_full(runs: list[Run]) -> tuple[list[Run], list[str]]:
@@ -138,12 +165,25 @@ def _sample_warnings(runs: Sequence[Run], keys: Sequence[Key], scores: Array, ta
         )
     if (runs[0].metrics.get("comparability") or {}).get("random_weights"):
         warnings.append("The weights are random: scores mean nothing, only memory and retention do.")
-    own = macro_mean(scores, task_of)
-    for column, run in enumerate(runs):
-        recorded = run.metrics.get("average")
-        if recorded is not None and abs(own[column] - recorded) > 0.01:
-            warnings.append(
-                f"{run.folder.name}: metrics.json says {recorded:.2f}, its predictions give "
-                f"{own[column]:.2f} (used here); launch the run again to bring them together."
-            )
+    warnings += [w for run in runs if (w := _retention_warning(run))]
     return warnings
+
+
+def retention_samples(run: Run) -> tuple[int, int]:
+    """Of how many samples the run's retention figures are, and how many it has a score of."""
+    found = run.metrics.get("retention")
+    n = found.get("samples") if isinstance(found, dict) else None
+    return n if isinstance(n, int) else 0, sum(not record.get("error") for record in run.records.values())
+
+
+def _retention_warning(run: Run) -> str:
+    """Where the kept positions are of other samples than the scores, or not all of one kind."""
+    n, scored = retention_samples(run)
+    counts = run.metrics["retention"].get("only_counts") if n else None
+    if n and n != scored:
+        why = f"kept positions of {n} samples, scores of {scored}"
+    elif counts:
+        why = f"of {n} samples {counts} have counts in bins only; heavy entries, drift and needle are of the others"
+    else:
+        return ""
+    return f"{run.folder.name}: {why}; launch the run again with retention=positions to complete them."

@@ -9,8 +9,9 @@ from typing import Any
 from src.reporting.analysis import Analysis
 from src.reporting.assets import SCRIPT, STYLE
 from src.reporting.formats import Table, comma_separated, latex, markdown, number
-from src.reporting.runs import flat, show_budget
+from src.reporting.runs import show_budget
 from src.reporting.samples import CUT, Answer, Contrast
+from src.reporting.stored import flat
 from src.reporting.summary import headline, notes, summary
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"

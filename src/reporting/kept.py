@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from src.reporting.analysis import Analysis
+from src.reporting.data import retention_samples
 from src.reporting.formats import Cell, Column, Table, number
 from src.reporting.tables import BUDGET, POLICY, breaks, heads, missing, percent, plain
 
@@ -26,10 +27,13 @@ def retention_table(analysis: Analysis) -> Table | None:
     measured = [row.run.metrics.get("retention") or {} for row in analysis.rows]
     if not any(measured):
         return None
+    covered = [retention_samples(row.run) for row in analysis.rows]
+    fewer = any(found and n != all_ for found, (n, all_) in zip(measured, covered, strict=True))
     shown = [entry for name, entry in sometimes.items() if any(name in found for found in measured)]
     columns = (
         POLICY,
         BUDGET,
+        *([Column("n", "of scored")] if fewer else []),
         Column("first tenth", "% of kept"),
         Column("last tenth", "% of kept"),
         Column("mean position", "0 start, 1 end"),
@@ -41,13 +45,14 @@ def retention_table(analysis: Analysis) -> Table | None:
         *(column for column, _, _ in shown),
     )
     rows = []
-    for row, kept in zip(analysis.rows, measured, strict=True):
+    for row, kept, (n, all_) in zip(analysis.rows, measured, covered, strict=True):
         found = {**kept, **kept.get("chosen", {})}
         heavy: dict[str, Any] = found.get("heavy") or {}
         tenths, heavy_tenths = (x.get("decile_shares") or [None] * 10 for x in (found, heavy))
         rows.append(
             (
                 *heads(row),
+                *([Cell(f"{n} of {all_}", n) if kept else missing()] if fewer else []),
                 *(plain(None if x is None else 100 * x, 1) for x in (tenths[0], tenths[-1])),
                 *(plain(found.get(name), 2) for name in ("mean_position", "kl_uniform", "gini")),
                 *(plain(None if x is None else 100 * x, 1) for x in (heavy_tenths[0], heavy_tenths[-1])),
@@ -61,6 +66,8 @@ def retention_table(analysis: Analysis) -> Table | None:
     )
     if any("chosen" in kept for kept in measured):
         note += " Where a policy keeps everything and chooses at each step: of the tokens that it chose."
+    if fewer:
+        note += " n: samples whose kept positions are there, of those that were scored; the other tables have them all."
     note += "".join(told for _, _, told in shown)
     return Table("retention", "Where the kept entries lie", columns, tuple(rows), breaks(analysis), note)
 

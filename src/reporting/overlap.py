@@ -1,6 +1,6 @@
 """How much of what one policy keeps another keeps too, at equal budget."""
 
-from src.errors import InputError
+from src.errors import Damaged, InputError
 from src.reporting.analysis import Analysis, Row
 from src.reporting.formats import Cell, Column, Table, number
 from src.reporting.tables import BUDGET, POLICY
@@ -27,6 +27,8 @@ def overlap_table(analysis: Analysis) -> Table | None:
         "Positions that both keep / positions that either keeps, after the prompt; every sample, layer and head weighs "
         "the same. Forced windows count: two policies that keep the last half of their budget share that half."
     )
+    if any(cell.text == "damaged" for row in rows for cell in row[2:]):
+        note += " Damaged: retention.npz of one of the two; its run's command, launched again, computes what is lost."
     return Table("overlap", "What two policies keep in common", columns, tuple(rows), note=note)
 
 
@@ -40,10 +42,12 @@ def _kept(row: Row) -> Retention | None:
         return None
     try:
         file = load_retention(row.run.folder)
-        file.sample(file.keys[0]).kept()
-    except (InputError, IndexError):
+    except InputError:  # src/reporting/samples.py says so
         return None
-    return file
+    if file.keys and not file.binned(file.keys[0]):
+        return file
+    file.close()
+    return None
 
 
 def _shared(kept: dict[int, Retention], known: dict[frozenset[int], Cell], row: Row, other: Row | None) -> Cell:
@@ -54,6 +58,8 @@ def _shared(kept: dict[int, Retention], known: dict[frozenset[int], Cell], row: 
         try:
             share = 100 * overlap(kept[id(row)], kept[id(other)])["mean"]
             known[pair] = Cell(number(share, 1), share)
-        except InputError:  # no sample in common
+        except Damaged:
+            known[pair] = Cell("damaged")
+        except InputError:  # no sample in common, or only counts of some
             known[pair] = Cell("–")
     return known[pair]

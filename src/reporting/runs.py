@@ -1,6 +1,6 @@
 """Finished runs: found in folders, refused where they cannot be compared, and named."""
 
-import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
@@ -10,7 +10,18 @@ from typing import Any
 import yaml
 
 from src.errors import InputError
-from src.records import load_records
+from src.reporting.stored import (
+    AGAIN,
+    disagreement,
+    flat,
+    recomputed,
+    stored_environment,
+    stored_metrics,
+    stored_records,
+    stored_settings,
+)
+from src.run_files import PREDICTIONS
+from src.seal import one_line
 
 Key = tuple[str, str, str]  # task, id, prompt hash: what makes two runs' samples the same sample
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -41,6 +52,8 @@ class Run:
     environment: dict[str, Any]
     records: dict[Key, dict[str, Any]] = field(repr=False)
     label: str = ""
+    notes: tuple[str, ...] = ()  # what is wrong with its files, for the reader of the report
+    unchecked: bool = False  # from before files carried check values
 
     @property
     def full(self) -> bool:
@@ -75,22 +88,32 @@ def find_runs(folders: Sequence[Path]) -> tuple[list[Path], list[str]]:
 
 
 def load_run(folder: Path) -> Run:
-    metrics = _json(folder / "metrics.json")
-    missing = [name for name in ("policy", "model") if not metrics.get(name)]
-    if missing:
-        raise InputError(f"{folder / 'metrics.json'}: lacks {', '.join(missing)}; not a finished run's metrics")
-    settings = _json(folder / "settings.json", optional=True) or _yaml(folder / "config.yaml")
-    environment = _json(folder / "environment.json", optional=True)
-    records = {(str(r["task"]), str(r["id"]), str(r["prompt_hash"])): r for r in load_records(folder)}
+    """A finished run: scores and sizes computed from its sound lines, the rest from verified files.
+
+    Raises:
+        InputError: a file that the report needs is damaged or says what cannot be.
+    """
+    stored, checked = stored_metrics(folder)
+    settings = stored_settings(folder, stored)
+    environment, note = stored_environment(folder)
+    records, lines = stored_records(folder, checked)
+    metrics = recomputed(folder, records, stored)
+    notes = [note] if note else []
+    if lines.damaged:
+        notes.append(f"{folder.name}: {lines.complaint(PREDICTIONS)}, left out; {AGAIN} to redo them.")
+    if differs := disagreement(stored, metrics):
+        notes.append(f"{folder.name}: {differs}; {AGAIN} to bring them together.")
     return Run(
         folder,
-        str(metrics["policy"]),
-        metrics.get("budget"),
-        str(metrics["model"]),
+        stored["policy"],
+        stored.get("budget"),
+        stored["model"],
         metrics,
         settings,
         environment,
-        records,
+        {(r["task"], r["id"], r["prompt_hash"]): r for r in records},
+        notes=tuple(notes),
+        unchecked=not checked and lines.before,
     )
 
 
@@ -121,7 +144,7 @@ def label_runs(runs: Sequence[Run]) -> list[Run]:
     labelled: list[Run] = []
     for run in runs:
         alike = [r.options for r in runs if r.policy == run.policy]
-        written = flat(_yaml(CONF / "policy" / f"{run.policy}.yaml"))
+        written = _defaults(run.policy)
         defaults = {k: v for k, v in written.items() if "${" not in str(v)}  # a seed that follows the run's
         varied = [k for k in sorted(run.options) if any(o.get(k) != run.options[k] for o in alike)]
         changed = [k for k in sorted(run.options) if k in defaults and defaults[k] != run.options[k]]
@@ -158,15 +181,6 @@ def cell_columns(run: Run) -> dict[str, Any]:
     return {"model": run.model, "policy": run.policy, "options": options, "budget": None if run.full else run.budget}
 
 
-def flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as dotted names."""
-    result: dict[str, Any] = {}
-    for name, value in mapping.items():
-        inner = flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-        result.update(inner)
-    return result
-
-
 def show_budget(budget: int | float | None) -> str:
     """512, or 25 % for a fraction of the prompt."""
     if budget is None:
@@ -186,34 +200,22 @@ def _outcome_settings(run: Run) -> dict[str, Any]:
 
 def _short(value: Any) -> str:
     """Of a path its last part: names stand in legends and table heads."""
-    return Path(value).name if isinstance(value, str) and "/" in value else _plain(value)
+    return _plain(Path(value).name if isinstance(value, str) and "/" in value else value)
 
 
 def _plain(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    """For people; half of a surrogate pair, which no picture and no file can hold, becomes a question mark."""
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return text.encode("utf-8", "replace").decode()
 
 
-def _json(path: Path, optional: bool = False) -> dict[str, Any]:
-    if optional and not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not readable ({_first_line(error)})") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: should hold one JSON object")
-    return content
-
-
-def _yaml(path: Path) -> dict[str, Any]:
-    if not path.exists():
+def _defaults(policy: str) -> dict[str, Any]:
+    """conf/policy's own options; nothing for a policy that is not there, or whose name is no file's."""
+    path = CONF / "policy" / f"{policy}.yaml"
+    if not re.fullmatch(r"\w[\w.-]{0,99}", policy) or not path.exists():
         return {}
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: not readable ({_first_line(error)})") from None
-    return content if isinstance(content, dict) else {}
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: not readable ({one_line(error)})") from None
+    return flat(content) if isinstance(content, dict) else {}
