@@ -31,7 +31,6 @@ from src.run_files import (
     differences,
     key_of,
     load_records,
-    move_to_end,
     pretty,
     repair,
     run_path,
@@ -76,6 +75,7 @@ class RunFolder:
         self.mode = retention
         self._shared = shared
         self._brought_back: set[Key] = set()  # records of earlier prompts that count again
+        self._drawing: tuple[Profile, str] | None = None  # the picture's content and title
         self._lock = self._take_lock()
         try:
             with self._turn():
@@ -140,8 +140,8 @@ class RunFolder:
     ) -> dict[str, Any]:
         """Write retention.npz, metrics.json and (last) retention.png over all current records; return the metrics.
 
-        A disk too full for retention.npz costs no metrics: the journal still holds what it says. One too full for the
-        picture is a warning; the next call draws it.
+        A disk too full for retention.npz costs no metrics: the journal still holds what it says. `plot=False` leaves
+        the picture to `draw`.
 
         `asked`: task and id of the samples that this call was to run. Those that are not there, of this call or of
         earlier ones, are listed as `missing`: the run was interrupted.
@@ -153,10 +153,9 @@ class RunFolder:
             again = {key for key in self._brought_back if self._table.last[key[:2]] == key}
             if self._shared:
                 self._read()
-            if again:
-                move_to_end(self.path / PREDICTIONS, again)
-                self._table.last |= {key[:2]: key for key in again}
-                self._brought_back.clear()
+            self._table.last |= {key[:2]: key for key in again}
+            if again or self._table.outdated:
+                self._rewrite()
             keys = [key for record in self.records if succeeded(record) and (key := key_of(record)) in self._kept]
             refused = None
             try:
@@ -180,9 +179,22 @@ class RunFolder:
             write_whole(self.path / METRICS, pretty(metrics))
             if refused:
                 raise refused
-            if plot and keys:
-                self._draw(data, f"{policy}, {model}, budget {budget}")
-            return metrics
+            self._drawing = (data, f"{policy}, {model}, budget {budget}") if keys else None
+        if plot:
+            self.draw()
+        return metrics
+
+    def draw(self) -> None:
+        """retention.png, if it is not there, after `finish`. A run is worth more than its picture: whatever is against
+        it is a warning, and the next call tries again."""
+        picture = self.path / PICTURE
+        if self._drawing is None or picture.exists():
+            return
+        try:
+            with self._turn(), replacing(picture) as part:
+                plot_retention(self._drawing[0], part, self._drawing[1])
+        except Exception as error:
+            log.warning("not drawn, the next call tries again: %s", " ".join(f"{error}".split()) or repr(error))
 
     def close(self) -> None:
         """Let other processes have the folder."""
@@ -288,13 +300,15 @@ class RunFolder:
 
     # --- writing ---
 
+    def _rewrite(self) -> None:
+        """predictions.jsonl with one line of each key: a folder in which samples run again does not grow for ever."""
+        with replacing(self.path / PREDICTIONS) as part, part.open("wb") as file:
+            file.writelines(map(_line, self._table.all()))
+        self._table.outdated = False
+        self._brought_back.clear()
+
     def _write_line(self, record: dict[str, Any]) -> None:
-        line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
-        try:
-            data = line.encode()
-        except UnicodeEncodeError:  # half of a surrogate pair in somebody's data
-            data = (json.dumps(record, allow_nan=False) + "\n").encode()
-        append_whole(self.path / PREDICTIONS, data)
+        append_whole(self.path / PREDICTIONS, _line(record))
         self._table.add(record)
 
     def _measured(self, keys: Sequence[Key], data: Profile) -> dict[str, Any]:
@@ -303,17 +317,6 @@ class RunFolder:
             return {}
         records = self.records
         return summarise(data) | needle(self._kept.read(keys), records) | score_bias(records) | chosen(records)
-
-    def _draw(self, data: Profile, title: str) -> None:
-        """A run is worth more than its picture: whatever is against it is a warning."""
-        picture = self.path / PICTURE
-        if picture.exists():
-            return
-        try:
-            with replacing(picture) as part:
-                plot_retention(data, part, title)
-        except Exception as error:
-            log.warning("not drawn, the next call tries again: %s", " ".join(f"{error}".split()) or repr(error))
 
     def _missing_before(self) -> set[tuple[str, str]]:
         """What an interrupted call left out, as its metrics.json says."""
@@ -341,3 +344,11 @@ class RunFolder:
             before = {}
         both = {name: [v for v in (peaks.get(name), before.get(name)) if v is not None] for name in PEAKS}
         return {name: max(values) if values else None for name, values in both.items()}
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        return line.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair in somebody's data
+        return (json.dumps(record, allow_nan=False) + "\n").encode()
