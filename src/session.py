@@ -82,6 +82,7 @@ class Session:
         self.engine = TracingEngine(self.model.model, lanes, every) if every else Engine(self.model.model, lanes)
         self.interrupted = False
         self.failed = 0
+        self.unfinished = 0  # thoughts
         folders = []
         with ExitStack() as opened:  # if the last cell's folder is refused, the others' are free again
             for cell in bind(cells, self.model):
@@ -113,6 +114,8 @@ class Session:
                 print(f"interrupted: {progress.finished} of {progress.total} done; {self._again()}", file=sys.stderr)
         if self.failed:
             print(f"{self.failed} samples failed; their reasons are in predictions.jsonl (`error`)", file=sys.stderr)
+        if self.unfinished:
+            print(f"{self.unfinished} predictions end in the middle of a thought; they score 0", file=sys.stderr)
         if self.interrupted:
             return 130
         return 1 if self.failed else 0
@@ -187,6 +190,7 @@ class Session:
             cell.tracker.log_sample(record)
         progress.done(cell.config, record)
         self.failed += bool(record["error"])
+        self.unfinished += record.get("thought") == "unfinished"
 
     def _open(self, cell: CellConfig) -> RunFolder:
         settings = self._settings(cell)
@@ -223,6 +227,7 @@ class Session:
                 "chat": model.chat,
                 "chat_template": cfg.model.chat_template,
                 "template_kwargs": dict(model.template_kwargs),
+                **model.form_settings,
                 "stop_ids": sorted(model.stop_ids),
                 "max_prompt_tokens": model.max_prompt_tokens,
             },
@@ -242,6 +247,8 @@ class Session:
         return {
             "max_prompt_tokens": self.model.max_prompt_tokens,
             "chat_template": self.model.chat,
+            **self.model.form_settings,
+            **({"thinking": self.model.thinking_note} if self.model.thinking_note else {}),
             "rouge": "rouge 1.0.1",
             "edit_similarity": self.cfg.edit_similarity,
             "prompt_scope": self.cfg.prompt_scope,

@@ -139,6 +139,12 @@ def _sample_warnings(runs: Sequence[Run], keys: Sequence[Key], scores: Array, ta
     if (runs[0].metrics.get("comparability") or {}).get("random_weights"):
         warnings.append("The weights are random: scores mean nothing, only memory and retention do.")
     own = macro_mean(scores, task_of)
+    for run in runs:
+        if cut := sum(record.get("thought") == "unfinished" for record in run.records.values()):
+            warnings.append(
+                f"{run.folder.name}: {cut} of {len(run.records)} predictions end in the middle of a thought and score "
+                "0; a larger max_new_tokens lets them finish."
+            )
     for column, run in enumerate(runs):
         recorded = run.metrics.get("average")
         if recorded is not None and abs(own[column] - recorded) > 0.01:
