@@ -11,6 +11,7 @@ from typing import Any
 
 from evals.downloads import cache_folder, download, one_line
 from evals.errors import DataError
+from evals.rows import parse_format
 
 HUB_REPO = "zai-org/LongBench"  # formerly THUDM/LongBench
 ARCHIVE = "data.zip"
@@ -19,6 +20,7 @@ COMMIT = "2e00731f8d0bff23dc4325161044d0ed8af94c1e"
 CONFIG_URL = f"https://raw.githubusercontent.com/THUDM/LongBench/{COMMIT}/LongBench/config"
 PROMPTS, LENGTHS = "dataset2prompt.json", "dataset2maxlen.json"
 LARGEST_CONFIG = 1 << 20
+LONGEST = 1_000_000  # new tokens; more is a slip, and no model has positions for it
 
 
 def row_folder(root: Path | None, hub_repo: str, revision: str) -> Path:
@@ -96,16 +98,15 @@ def config_files(root: Path | None, config_dir: str | None, url: str) -> tuple[d
                 download(source, target, "tasks.config_url", json.loads, LARGEST_CONFIG, advice)
     prompts = read_table(folder / PROMPTS, str)
     for task, text in prompts.items():
-        if "{context}" not in text:
-            raise DataError(f"{folder / PROMPTS}: the prompt of task {task} has no {{context}}")
         try:
-            text.format(context="", input="")
-        except (KeyError, IndexError, ValueError) as error:
-            raise DataError(f"{folder / PROMPTS}: the prompt of task {task} is malformed ({error!r})") from None
+            text.encode("utf-8")
+            parse_format(text)
+        except ValueError as error:  # also half of a surrogate pair, which is no text
+            raise DataError(f"{folder / PROMPTS}: the prompt of task {task} is malformed: {one_line(error)}") from None
     lengths = read_table(folder / LENGTHS, int)
     for task, length in lengths.items():
-        if length < 1:
-            raise DataError(f"{folder / LENGTHS}: task {task} has length {length}; must be 1 or more")
+        if not 1 <= length <= LONGEST:
+            raise DataError(f"{folder / LENGTHS}: task {task} has length {length}; must be 1 to {LONGEST}")
     return prompts, lengths
 
 
@@ -118,7 +119,7 @@ def read_table(path: Path, kind: type) -> dict[str, Any]:
             f"{path}: missing. It is one of LongBench's own files ({CONFIG_URL}/{path.name}); put it there "
             f"or set tasks.config_dir to a folder with {PROMPTS} and {LENGTHS}"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: broken JSON ({one_line(error)})") from None
     if not isinstance(table, dict) or not all(type(value) is kind for value in table.values()):
         raise DataError(f"{path}: must be a JSON object of task names to {kind.__name__} values")

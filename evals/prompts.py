@@ -4,8 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from evals.downloads import one_line
 from evals.errors import DataError
 from evals.tasks import Sample
+from evals.templates import DATE, read_template, template_settings
+from evals.thoughts import opens_thought
 
 # Stands for the user's message while the chat form around it is looked up. Plain letters: left alone.
 PLACEHOLDER = "kvbenchplaceholdermessage"
@@ -20,6 +23,7 @@ class Prompt:
     truncated: bool
     chat: bool = False  # was the chat template applied?
     needle: tuple[int, int] | None = None  # ids start .. stop - 1 of the sentence that holds the answer, if known
+    thought: bool = False  # does it end in the middle of a thought?
 
 
 def encode(
@@ -28,13 +32,15 @@ def encode(
     max_prompt_tokens: int,
     chat: bool = True,
     template_kwargs: Mapping[str, Any] | None = None,
+    thinking: str = "off",
+    date: str = DATE,
 ) -> Prompt:
     """The prompt by the official steps.
 
     The bare prompt is tokenised; above the limit its first and last half are decoded and joined; then the
     chat form is put around it, where the task and the tokenizer have one (`chat=False` never does); then
     all is tokenised again, so the final length may differ from the limit by the chat form and by a token at
-    the seam.
+    the seam. `thinking` and `date`: see `render`.
     """
     if not sample.prompt:
         raise DataError(f"task {sample.task.name}, sample {sample.id}: the prompt is empty")
@@ -43,11 +49,15 @@ def encode(
     text, boundary, truncated = truncate(sample, tokenizer, max_prompt_tokens)
     wrap = chat and sample.task.chat and bool(getattr(tokenizer, "chat_template", None))
     if wrap:
-        text, boundary = wrap_in_chat(text, boundary, tokenizer, template_kwargs or {})
+        try:
+            text, boundary = wrap_in_chat(text, boundary, tokenizer, template_kwargs or {}, thinking, date)
+        except DataError as error:
+            raise DataError(f"task {sample.task.name}, sample {sample.id}: {error}") from None
     # A chat template writes its own special tokens; adding the tokenizer's would double the BOS.
     ids, context_tokens = tokenize(text, boundary, tokenizer, add_special_tokens=not wrap)
     needle = find(sample.extra.get("needle", ""), text, tokenizer, add_special_tokens=not wrap)
-    return Prompt(ids=ids, context_tokens=context_tokens, truncated=truncated, chat=wrap, needle=needle)
+    thought = wrap and opens_thought(text)
+    return Prompt(ids, context_tokens, truncated, chat=wrap, needle=needle, thought=thought)
 
 
 def truncate(sample: Sample, tokenizer: Any, limit: int) -> tuple[str, int, bool]:
@@ -66,16 +76,26 @@ def truncate(sample: Sample, tokenizer: Any, limit: int) -> tuple[str, int, bool
     return head + tail, place, True
 
 
-def wrap_in_chat(text: str, boundary: int, tokenizer: Any, kwargs: Mapping[str, Any]) -> tuple[str, int]:
+def wrap_in_chat(
+    text: str,
+    boundary: int,
+    tokenizer: Any,
+    kwargs: Mapping[str, Any],
+    thinking: str = "off",
+    date: str = DATE,
+) -> tuple[str, int]:
     """The text as a user's message in the model's chat form, and the boundary in it.
 
     Some templates strip the message; the boundary then moves with the blanks lost at its beginning.
+
+    Raises:
+        DataError: a template that cannot be filled in, or that loses or changes the message.
     """
-    form = render(PLACEHOLDER, tokenizer, kwargs)
+    form = render(PLACEHOLDER, tokenizer, kwargs, thinking, date)
     start = form.find(PLACEHOLDER)
     if start < 0:
         raise DataError("chat template: does not contain the user's message")
-    wrapped = render(text, tokenizer, kwargs)
+    wrapped = render(text, tokenizer, kwargs, thinking, date)
     if wrapped.startswith(text, start):
         return wrapped, start + boundary
     stripped = text.strip()
@@ -85,9 +105,32 @@ def wrap_in_chat(text: str, boundary: int, tokenizer: Any, kwargs: Mapping[str, 
     raise DataError("chat template: changes the user's message by more than outer blanks")
 
 
-def render(message: str, tokenizer: Any, kwargs: Mapping[str, Any]) -> str:
-    messages = [{"role": "user", "content": message}]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **kwargs)
+def render(message: str, tokenizer: Any, kwargs: Mapping[str, Any], thinking: str = "off", date: str = DATE) -> str:
+    """The chat form of one user's message, up to where the model answers.
+
+    Args:
+        kwargs: passed to the template; they win over what `thinking` passes.
+        thinking: `off` passes the template's own switch, where it has one; `keep` passes none.
+        date: YYYY-MM-DD, today's date for templates that ask for it.
+
+    Raises:
+        DataError: the template cannot be filled in.
+    """
+    try:
+        template = read_template(tokenizer.get_chat_template())
+        settings = template_settings(template, kwargs, thinking)
+        text, dates = template.with_date(date)
+        if text != template.text:
+            settings = {"chat_template": text, **settings}
+        messages = [{"role": "user", "content": message}]
+        form = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **{**dates, **settings}
+        )
+    except DataError:
+        raise
+    except Exception as error:  # a template is a program: it may raise anything
+        raise DataError(f"chat template: cannot be filled in ({one_line(error)})") from None
+    return str(form)
 
 
 def tokenize(text: str, boundary: int, tokenizer: Any, add_special_tokens: bool) -> tuple[list[int], int]:

@@ -7,6 +7,7 @@ into datetime objects, and reports a broken row without its line. Lines are pars
 
 import json
 import re
+import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ FEATURES = Features(
     }
 )
 
+LARGEST_LENGTH = 2**63 - 1  # what the column holds
 
 Made = TypeVar("Made")
 
@@ -76,7 +78,7 @@ def parse(place: str, line: bytes) -> dict[str, Any]:
             json.dumps(row, ensure_ascii=False).encode("utf-8")
     except UnicodeError:
         raise DataError(f"{place}: not UTF-8 text") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # Python refuses numbers of thousands of digits by a ValueError
         raise DataError(f"{place}: broken JSON ({error})") from None
     if not isinstance(row, dict):
         raise DataError(f"{place}: expected a JSON object, found {type(row).__name__}")
@@ -109,10 +111,13 @@ def longbench_row(place: str, index: int, row: Mapping[str, Any]) -> dict[str, A
     classes, length = row.get("all_classes"), row.get("length")
     if classes is not None and not texts(classes):
         raise DataError(f"{place}: field 'all_classes' must be a list of strings or null")
-    if length is not None and (isinstance(length, bool) or not isinstance(length, int)):
-        raise DataError(f"{place}: field 'length' must be a whole number or null")
+    if length is not None and (type(length) is not int or abs(length) > LARGEST_LENGTH):
+        raise DataError(f"{place}: field 'length' must be a whole number, at most {LARGEST_LENGTH}, or null")
+    name = row.get("_id")
+    if name is not None and type(name) not in (str, int):
+        raise DataError(f"{place}: field '_id' must be a string, a whole number or null, found {type(name).__name__}")
     return {
-        "_id": str(row["_id"]) if row.get("_id") is not None else str(index),
+        "_id": str(index) if name in (None, "") else str(name),
         "input": check_field(place, row, "input", is_text, "a string"),
         "context": check_field(place, row, "context", is_text, "a string"),
         "answers": check_field(place, row, "answers", some_texts, "a list of one or more strings"),
@@ -137,15 +142,38 @@ def as_dataset(rows: Sequence[Mapping[str, Any]]) -> Dataset:
     return Dataset.from_list([{name: row.get(name) for name in FEATURES} for row in rows], features=FEATURES)
 
 
+def parse_format(prompt_format: str) -> list[tuple[str, str | None]]:
+    """The pieces of a prompt, each a text and the field after it: `context`, `input` or None.
+
+    As `str.format` reads it (a doubled brace is a brace), but only plain {context} and {input} are fields: with
+    {context[0]} or {context:.9} a prompt would silently hold something else than the context.
+
+    Raises:
+        ValueError: what is wrong, in one line.
+    """
+    pieces, wrong = [], []
+    for text, field, spec, conversion in string.Formatter().parse(prompt_format):
+        if field is not None and (field not in ("context", "input") or spec or conversion):
+            written = field + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
+            wrong.append(f"{{{written}}} is no field")
+        pieces.append((text, field))
+    if not any(field == "context" for _, field in pieces):
+        wrong.append("has no {context}")
+    if wrong:
+        raise ValueError("; ".join(wrong) + "; valid: {context} and {input}, and {{ or }} for a brace")
+    return pieces
+
+
 def split_prompt(prompt_format: str, context: str, question: str) -> tuple[str, str]:
     """The filled-in prompt, cut after the context: before + after is what `format` makes of it.
 
     Where the format names the question first, it stays in `before`: whoever reads the context has read it.
     """
-    place = "{context}"
-    at = prompt_format.index(place) + len(place)
-    fields = {"context": context, "input": question}
-    return prompt_format[:at].format(**fields), prompt_format[at:].format(**fields)
+    pieces = parse_format(prompt_format)
+    cut = next(i for i, (_, field) in enumerate(pieces) if field == "context") + 1
+    values = {None: "", "context": context, "input": question}
+    filled = [text + values[field] for text, field in pieces]
+    return "".join(filled[:cut]), "".join(filled[cut:])
 
 
 def to_sample(task: Task, prompt_format: str, row: Mapping[str, Any], extra: dict[str, Any] | None = None) -> Sample:

@@ -3,8 +3,9 @@
 DIR holds one <task>.jsonl per LongBench task with `pred`, `answers`, `all_classes` (and `length`), as the
 official runner writes them; or, for LongGenBench, <dataset>/<method>.json(l) or <task>.jsonl with `pred`
 and `answers`. Prints one JSON object task -> score: rounded to 2 places, LongGenBench to 4 as its own
-scorer does, where `<task>_by_number` is the corrected score (see longgen_metrics). Exit code 2 and one line
-on stderr for bad input.
+scorer does, where `<task>_by_number` is the corrected score (see longgen_metrics). What follows a thought
+(`<think>...</think>` and its like) is scored, and a line on stderr counts them. Exit code 2 and one line on
+stderr for bad input.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from evals.errors import DataError
 from evals.metrics import EDIT_SIMILARITIES, extra_scores, unit_score
 from evals.rows import check_field, is_text, read_lines, texts
 from evals.tasks import Task
+from evals.thoughts import Thought, find_thought
 
 LONGGEN_FOLDERS = {"gsm8k": "gsm8k_30", "mmlu": "mmlu_30", "csqa": "csqa_40"}
 
@@ -62,14 +64,35 @@ def score_file(path: Path, name: str, task: Task, edit_similarity: str) -> dict[
     if not rows:
         raise DataError(f"{path}: holds no predictions")
     classes = rows[-1]["all_classes"]  # the official scorer uses the last row's for all rows
-    units = [unit_score(task, row["pred"], row["answers"], classes, edit_similarity) for row in rows]
+    thoughts = [find_thought(row["pred"]) for row in rows]
+    note_thoughts(path, thoughts)
+    units = [
+        0.0
+        if thought.state == "unfinished"
+        else unit_score(task, thought.answer, row["answers"], classes, edit_similarity)
+        for row, thought in zip(rows, thoughts, strict=True)
+    ]
     if task.suite != "longgenbench":
         return {name: round(100 * sum(units) / len(units), 2)}
-    extras = [extra_scores(task, row["pred"], row["answers"])["by_number"] for row in rows]
+    extras = [
+        extra_scores(task, thought.answer, row["answers"])["by_number"]
+        for row, thought in zip(rows, thoughts, strict=True)
+    ]
     return {
         name: round(100 * sum(units) / len(units), 4),
         f"{name}_by_number": round(sum(extras) / len(extras), 4),
     }
+
+
+def note_thoughts(path: Path, thoughts: Sequence[Thought]) -> None:
+    """One line on stderr where thoughts were left out of the scores."""
+    found = [thought.state for thought in thoughts if thought.state != "none"]
+    if found:
+        print(
+            f"{path.name}: {len(found)} of {len(thoughts)} predictions hold a thought, which is not scored; "
+            f"{found.count('unfinished')} are cut in the middle of it and score 0",
+            file=sys.stderr,
+        )
 
 
 def prediction_row(place: str, row: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from evals.metrics import EDIT_SIMILARITIES
 from evals.suites import BROKEN_ROWS
+from evals.templates import THINKING, is_date
 from src.errors import InputError
 from src.retention_store import MODES as RETENTION
 from src.tracking import MODES as WANDB
@@ -94,6 +95,8 @@ RULES: dict[str, Rule] = {
     "model.chat": SWITCH,
     "model.chat_template": text("the tokenizer's own"),
     "model.template_kwargs": (lambda value: isinstance(value, dict), "a mapping, e.g. {enable_thinking: false}"),
+    "model.thinking": (lambda value: value in THINKING or value is False, ", ".join(THINKING)),  # YAML: off = false
+    "model.date": (is_date, "a date as YYYY-MM-DD"),
     "model.stop_tokens": texts(),
     "model.trust_remote_code": SWITCH,
     "wandb.mode": one_of(WANDB),

@@ -15,6 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
+from evals.templates import DATE
+from src.chat import ChatForm, chat_form, thinking_mode
 from src.embedded import cached_copy, package_file
 from src.errors import InputError
 from src.hub import snapshot
@@ -40,8 +42,14 @@ class LoadedModel:
     dtype: torch.dtype
     device: torch.device
     chat: bool
-    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    template_kwargs: dict[str, Any] = field(default_factory=dict)  # with the switch that `thinking` sets
     source: str = ""  # where the weights came from, for the record
+    thinking: str = "off"  # off | keep
+    thinking_note: str = ""  # what became of thinking, for the record; empty: nothing shows that the model thinks
+    date: str = DATE  # today, for chat templates that ask
+    form_settings: dict[str, str] = field(
+        default_factory=dict
+    )  # what else changes its prompts or scores (for the hash)
 
     @property
     def vocab_size(self) -> int:
@@ -83,6 +91,9 @@ def load_model(cfg: Mapping[str, Any] | DictConfig) -> LoadedModel:
             f"model.chat=true: the tokenizer of {name} has no chat template; "
             "set model.chat=false (a base model) or model.chat_template"
         )
+    form = ChatForm(dict(settings["template_kwargs"] or {}))  # what is put around a prompt
+    if settings["chat"]:
+        form = chat_form(tokenizer, settings, name)
     context = int(settings["context_length"] or model.config.max_position_embeddings)
     return LoadedModel(
         model=model,
@@ -96,8 +107,12 @@ def load_model(cfg: Mapping[str, Any] | DictConfig) -> LoadedModel:
         dtype=dtype,
         device=device,
         chat=bool(settings["chat"]),
-        template_kwargs=dict(settings["template_kwargs"] or {}),
+        template_kwargs=form.kwargs,
         source=source,
+        thinking=thinking_mode(settings["thinking"]),
+        thinking_note=form.thinking_note,
+        date=str(settings["date"]),
+        form_settings=form.settings,
     )
 
 

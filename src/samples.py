@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from omegaconf import DictConfig
 from evals.metrics import extra_scores, score_sample
 from evals.prompts import Prompt, encode
 from evals.tasks import Sample, Task
+from evals.thoughts import find_thought
 from src.errors import InputError
 from src.jobs import Generation, Request
 from src.models import LoadedModel
@@ -31,7 +33,15 @@ class Prepared:
 
 def prepare(sample: Sample, model: LoadedModel) -> Prepared:
     """Tokenise; the key names the prompt by its tokens, so that changed data never passes for old."""
-    prompt = encode(sample, model.tokenizer, model.max_prompt_tokens, model.chat, model.template_kwargs)
+    prompt = encode(
+        sample,
+        model.tokenizer,
+        model.max_prompt_tokens,
+        model.chat,
+        model.template_kwargs,
+        model.thinking,
+        model.date,
+    )
     ids = model.fit_ids(prompt.ids)
     digest = hashlib.sha256(json.dumps([ids, prompt.context_tokens]).encode()).hexdigest()[:16]
     return Prepared(sample, prompt, ids, (sample.task.name, sample.id, digest))
@@ -62,11 +72,16 @@ def stop_ids(task: Task, model: LoadedModel) -> frozenset[int]:
 
 
 def reference(one: Prepared, model: LoadedModel, longest: int) -> list[int]:
-    """The reference output as the model would write it, with its end token if that is among the first `longest`."""
+    """The reference output as the model would write it, cut to `longest`; with an end token, where there is one."""
     glued = not one.prompt.chat and not one.sample.prompt[-1:].isspace()
     answer = (" " if glued else "") + one.sample.reference
     ids = model.tokenizer.encode(answer, add_special_tokens=False)
-    return model.fit_ids([*ids, model.tokenizer.eos_token_id][:longest])
+    end = model.tokenizer.eos_token_id
+    ids += [] if end is None else [end]
+    if not ids:
+        name = f"task {one.sample.task.name}, sample {one.sample.id}"
+        raise InputError(f"fidelity=true: {name}: the reference answer has no tokens; valid: fidelity=false")
+    return model.fit_ids(ids[:longest])
 
 
 def to_record(one: Prepared, result: Generation, model: LoadedModel, cfg: DictConfig) -> dict[str, Any]:
@@ -80,14 +95,16 @@ def to_record(one: Prepared, result: Generation, model: LoadedModel, cfg: DictCo
         record["needle"] = list(one.prompt.needle)  # positions start .. stop - 1 of the sentence that was asked for
     if result.error:
         return {**record, **failed(result.error)}
-    prediction = str(model.tokenizer.decode(result.tokens, skip_special_tokens=True))
+    said = spoken(one, result, model)
+    score = score_sample(sample.task, said.answer, sample.answers, sample.all_classes, cfg.edit_similarity)
     return {
         **record,
-        "prediction": prediction,
+        "prediction": said.text,
+        **said.thought,
         "new_tokens": len(result.tokens),
         "finish": result.finish,
-        "score": score_sample(sample.task, prediction, sample.answers, sample.all_classes, cfg.edit_similarity),
-        "extra_scores": extra_scores(sample.task, prediction, sample.answers),
+        "score": 0.0 if said.thought.get("thought") == "unfinished" else score,
+        "extra_scores": extra_scores(sample.task, said.answer, sample.answers),
         "kept": {"prompt": entries(result.kept_prompt), "end": entries(result.kept_end)},
         "kv_bytes": result.kv_bytes,
         **{f"kv_bytes_{k}": v for k, v in result.kv_bytes_by_device.items() if len(result.kv_bytes_by_device) > 1},
@@ -103,6 +120,44 @@ def to_record(one: Prepared, result: Generation, model: LoadedModel, cfg: DictCo
         **result.extra,
         "error": None,
     }
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """A prediction's text, the part of it that is scored, and the record's fields about a thought in it."""
+
+    text: str
+    answer: str
+    thought: dict[str, Any]
+
+
+def spoken(one: Prepared, result: Generation, model: LoadedModel) -> Spoken:
+    """Decode. Where the model thought, the marks of the thought stay in the text, although some are special tokens.
+
+    The record says of a thought: `thinking` (what was done about it), `thought` (none, empty, finished, unfinished),
+    `thought_tokens` and `answer` (what is scored). Nothing of it where neither model nor prediction has to do with it.
+    """
+    tokenizer, tokens = model.tokenizer, result.tokens
+    text = str(tokenizer.decode(tokens, skip_special_tokens=True))
+    whole = tokens[:-1] if result.finish == "stop" else tokens  # without the token that ended it
+    marked = str(tokenizer.decode(whole, skip_special_tokens=False))
+    found = find_thought(marked, one.prompt.thought)
+    fields: dict[str, Any] = {"thinking": model.thinking_note} if model.thinking_note else {}
+    if found.state == "none":
+        return Spoken(text, text, {**fields, "thought": "none"} if fields else {})
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+
+    def plain(part: str) -> str:
+        for token in special:
+            part = part.replace(token, "")
+        return part
+
+    count = len(whole)
+    if found.state != "unfinished":
+        count = bisect_left(range(count), found.end, key=lambda n: len(tokenizer.decode(whole[:n])))
+    answer = plain(found.answer)
+    fields |= {"thought": found.state, "thought_tokens": count, "answer": answer}
+    return Spoken(marked[: found.end] + plain(marked[found.end :]), answer, fields)
 
 
 def malformed_record(sample: Sample) -> dict[str, Any]:

@@ -84,6 +84,7 @@ class Session:
         self.interrupted = False
         self.failed = 0
         self.without_positions = 0  # finished samples that run again
+        self.unfinished = 0  # thoughts
         folders = []
         with ExitStack() as opened:  # if the last cell's folder is refused, the others' are free again
             for cell in bind(cells, self.model):
@@ -123,6 +124,8 @@ class Session:
             raise InputError(f"{refused[0]}{more}; {self._again()}") from None
         if self.failed:
             print(f"{self.failed} samples failed; their reasons are in predictions.jsonl (`error`)", file=sys.stderr)
+        if self.unfinished:
+            print(f"{self.unfinished} predictions end in the middle of a thought; they score 0", file=sys.stderr)
         if self.interrupted:
             return 130
         return 1 if self.failed else 0
@@ -208,6 +211,7 @@ class Session:
             cell.tracker.log_sample(record)
         progress.done(cell.config, record)
         self.failed += bool(record["error"])
+        self.unfinished += record.get("thought") == "unfinished"
 
     def _open(self, cell: CellConfig) -> RunFolder:
         settings = self._settings(cell)
@@ -244,6 +248,7 @@ class Session:
                 "chat": model.chat,
                 "chat_template": cfg.model.chat_template,
                 "template_kwargs": dict(model.template_kwargs),
+                **model.form_settings,
                 "stop_ids": sorted(model.stop_ids),
                 "max_prompt_tokens": model.max_prompt_tokens,
             },
@@ -263,6 +268,8 @@ class Session:
         return {
             "max_prompt_tokens": self.model.max_prompt_tokens,
             "chat_template": self.model.chat,
+            **self.model.form_settings,
+            **({"thinking": self.model.thinking_note} if self.model.thinking_note else {}),
             "rouge": "rouge 1.0.1",
             "edit_similarity": self.cfg.edit_similarity,
             "prompt_scope": self.cfg.prompt_scope,

@@ -54,6 +54,7 @@ def compute_metrics(
         "speed": _speed(good),
         "truncated_prompts": sum(bool(r.get("truncated")) for r in good),
         "stopped_by_length": sum(r.get("finish") == "length" for r in good),
+        **_thoughts(good),
         "retention": dict(retention or {}),
         "comparability": dict(comparability or {}),
     }
@@ -120,6 +121,15 @@ def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         elif any(isinstance(value, int | float) for value in values):
             found[name] = _rounded(mean(value for value in values if isinstance(value, int | float)), 6)
     return found
+
+
+def _thoughts(rows: Sequence[Record]) -> dict[str, Any]:
+    """How many predictions hold a thought, and how many of those are cut (they score 0); nothing where none does."""
+    thoughts = [r for r in rows if r.get("thought", "none") != "none"]
+    if not thoughts:
+        return {}
+    counts = {state: sum(r["thought"] == state for r in thoughts) for state in ("empty", "finished", "unfinished")}
+    return {"thoughts": {**counts, "tokens_mean": _rounded(mean(r.get("thought_tokens") for r in thoughts), 2)}}
 
 
 def _memory(rows: Sequence[Record], peaks: Mapping[str, float | None]) -> dict[str, Any]:

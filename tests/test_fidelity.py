@@ -1,12 +1,15 @@
 """Fidelity measures against a hand computation: full forward passes, and the naive implementation."""
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import naive
 import pytest
 import torch
+from cli import call, lines
 from naive import Naive
-from tiny import tiny, tokens
+from tiny import tiny, tiny_tokenizer, tokens
 from torch import Tensor
 
 from policies.ahakv import AhaKV
@@ -167,3 +170,15 @@ def test_forbidden_stop_tokens_count_for_generation_only(model: Any) -> None:
         (a,) = run(model, [plain], [variant]).values()
         (b,) = run(model, [held], [variant]).values()
         same(a.fidelity, b.fidelity)
+
+
+def test_a_tokenizer_without_an_end_token(model_folder: Path, base: list[str], tmp_path: Path) -> None:
+    """The reference then simply has no end token: one number per character of the answer."""
+    folder = tmp_path / "no-end"
+    shutil.copytree(model_folder, folder)
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(folder)
+    done = call("run", *base, f"model.path={folder}", "policy=h2o", "budget=40", "fidelity=true")
+    assert done.code == 0, done.err
+    assert [r["fidelity"]["tokens"] for r in lines(done.folder)] == [len(r["answers"][0]) for r in lines(done.folder)]

@@ -18,6 +18,7 @@ from file_server import FileServer
 from evals import longbench, longgenbench, pocket
 from evals.errors import DataError
 from evals.longbench_files import unpack
+from evals.rows import split_prompt
 from evals.suites import load_samples, task_names
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -138,6 +139,19 @@ def without(name: str) -> str:
         (json.dumps(row(length="3")), "field 'length' must be"),
         ('["a"]', "expected a JSON object, found list"),
         (r'{"input": "\ud800", "context": "", "answers": ["a"]}', "not UTF-8 text"),
+        (json.dumps(row(length=10**30)), "field 'length' must be a whole number, at most 9223372036854775807"),
+        (json.dumps(row(length=-(10**30))), "field 'length' must be"),
+        (json.dumps(row(length=float("nan"))), "field 'length' must be"),
+        (json.dumps(row(length=True)), "field 'length' must be"),
+        (json.dumps(row())[:-1] + ', "more": ' + "9" * 5000 + "}", "broken JSON"),
+        (json.dumps(row())[:-1] + ', "more": ' + "[" * 100_000 + "}", "broken JSON"),
+        ('{"_id": ' + "9" * 5000 + ', "input": "", "context": "", "answers": ["a"]}', "broken JSON"),
+        *((json.dumps(row(_id=wrong)), "field '_id' must be") for wrong in (True, 1.5, float("nan"), [1], {"a": 1})),
+        (json.dumps(row(answers=["a", None])), "field 'answers' must be"),
+        (json.dumps(row(answers=[["a"]])), "field 'answers' must be"),
+        (json.dumps(row(all_classes=[1])), "field 'all_classes' must be"),
+        (json.dumps(row()).replace("who?", "who\0?"), "broken JSON"),
+        ("\ufeff" + json.dumps(row()), "broken JSON"),
     ],
 )
 def test_a_broken_row_is_named_by_file_and_line(line: str, message: str, folder: Path) -> None:
@@ -147,6 +161,8 @@ def test_a_broken_row_is_named_by_file_and_line(line: str, message: str, folder:
     assert str(caught.value).startswith(f"{folder}/data/lcc.jsonl, line 3: ")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+    recorded = load(folder, "lcc", broken="record")  # nothing is lost: the row is there with its reason
+    assert [sample.error for sample in recorded] == [None, str(caught.value)]
 
 
 def test_bad_files_and_settings(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,3 +297,61 @@ def test_missing_data_without_network_names_path_and_command(hub: tuple[str, typ
     line = run_load(f"{address}/config", tmp_path, HF_ENDPOINT=address)
     assert "dataset2prompt.json: missing and could not be fetched" in line
     assert f"Save {address}/config/dataset2prompt.json there" in line and "tasks.config_dir" in line
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("{context.foo}", "{context.foo} is no field"),
+        ("{context[0]} {input}", "{context[0]} is no field; has no {context}"),
+        ("{context!r}", "{context!r} is no field"),
+        ("{context:>10}", "{context:>10} is no field"),
+        ("{context} {input:.3}", "{input:.3} is no field"),
+        ("{context} {0}", "{0} is no field"),
+        ("{context} {}", "{} is no field"),
+        ("{context} {", "is malformed"),
+        ("{context} }", "is malformed"),
+        ("{{context}} {input}", "has no {context}"),
+        ("{context} {input.__class__}", "{input.__class__} is no field"),
+        ("{context} \ud800", "surrogates not allowed"),
+    ],
+)
+def test_only_plain_fields_in_prompts(prompt: str, message: str, folder: Path) -> None:
+    (folder / "data/hotpotqa.jsonl").write_text(json.dumps(row()))
+    (folder / "config/dataset2prompt.json").write_text(json.dumps({"hotpotqa": prompt}))
+    with pytest.raises(DataError) as caught:
+        load(folder, "hotpotqa")
+    start = f"{folder}/config/dataset2prompt.json: the prompt of task hotpotqa is malformed: "
+    assert str(caught.value).startswith(start) and message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "prompt", ["{{x}} {context} {input}", "{input} {{{context}}} {{context}}", "{context}{context}"]
+)
+def test_prompts_are_what_format_makes_of_them(prompt: str) -> None:
+    before, after = split_prompt(prompt, "c{x}", "q")
+    assert before + after == prompt.format(context="c{x}", input="q") and before.rstrip().endswith("c{x}")
+
+
+@pytest.mark.parametrize("name", ["dataset2prompt.json", "dataset2maxlen.json"])
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"hotpotqa": ' + "9" * 5000 + "}", "\ufeff{"])
+def test_broken_config_files(name: str, text: str, folder: Path) -> None:
+    (folder / "data/hotpotqa.jsonl").write_text(json.dumps(row()))
+    (folder / "config" / name).write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match=f"{name}: broken JSON"):
+        load(folder, "hotpotqa")
+
+
+def test_a_length_that_no_model_reaches(folder: Path) -> None:
+    (folder / "data/hotpotqa.jsonl").write_text(json.dumps(row()))
+    (folder / "config/dataset2maxlen.json").write_text('{"hotpotqa": 1' + "0" * 30 + "}")
+    with pytest.raises(DataError, match=r"task hotpotqa has length 10+; must be 1 to 1000000"):
+        load(folder, "hotpotqa")
+
+
+def test_ids_that_are_missing_are_the_rows_number(folder: Path) -> None:
+    rows = [row(), row(), row()]
+    for one, name in zip(rows, [None, "", 7], strict=True):
+        one["_id"] = name
+    (folder / "data/hotpotqa.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert [sample.id for sample in load(folder, "hotpotqa")] == ["0", "1", "7"]

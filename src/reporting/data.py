@@ -166,6 +166,12 @@ def _sample_warnings(runs: Sequence[Run], keys: Sequence[Key], scores: Array, ta
     if (runs[0].metrics.get("comparability") or {}).get("random_weights"):
         warnings.append("The weights are random: scores mean nothing, only memory and retention do.")
     warnings += [w for run in runs if (w := _retention_warning(run))]
+    for run in runs:
+        if cut := sum(record.get("thought") == "unfinished" for record in run.records.values()):
+            warnings.append(
+                f"{run.folder.name}: {cut} of {len(run.records)} predictions end in the middle of a thought and score "
+                "0; a larger max_new_tokens lets them finish."
+            )
     return warnings
 
 

@@ -1,0 +1,66 @@
+"""How a model's chat template will be filled in: checked once, before anything runs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from evals.errors import DataError
+from evals.prompts import wrap_in_chat
+from evals.templates import THINKING, ChatTemplate, is_date, read_template, template_settings
+from evals.thoughts import mentions_thoughts
+from src.errors import InputError
+
+
+@dataclass(frozen=True)
+class ChatForm:
+    """What a template is filled in with, what becomes of thinking (for people), and what the hash must know."""
+
+    kwargs: dict[str, Any]
+    thinking_note: str = ""
+    settings: dict[str, str] = field(default_factory=dict)
+
+
+def chat_form(tokenizer: Tokenizer, cfg: Mapping[str, Any], name: str) -> ChatForm:
+    """Fill the template in once. `cfg` is a `conf/model` file's content, `name` the model's.
+
+    Raises:
+        InputError: the template is broken, or loses the user's message; or `thinking` or `date` is not valid.
+    """
+    thinking, date = thinking_mode(cfg["thinking"]), cfg["date"]
+    if not is_date(date):
+        raise InputError(f"model.date={date}: valid: a date as YYYY-MM-DD")
+    given = dict(cfg["template_kwargs"] or {})
+    try:
+        wrap_in_chat("a question", 0, tokenizer, given, thinking, date)
+        template = read_template(tokenizer.get_chat_template())
+    except DataError as error:
+        where = "model.chat_template" if cfg["chat_template"] else f"model {name}"
+        filled = f" filled in with model.template_kwargs={given}" if given else ""
+        raise InputError(
+            f"{where}: {error}{filled}; valid: model.chat_template=<a Jinja template that writes the user's message>"
+        ) from None
+    kwargs = template_settings(template, given, thinking)
+    note = thinking_note(template, kwargs, thinking)
+    settings = {"date": date} if template.dated(date) else {}
+    if note and (thinking == "keep" or not set(template.off_switch) & set(kwargs)):
+        settings["thinking"] = thinking  # else the switch among the template's settings tells
+    return ChatForm(kwargs, note, settings)
+
+
+def thinking_note(template: ChatTemplate, kwargs: Mapping[str, Any], thinking: str) -> str:
+    """What is done about thinking; empty where the template shows nothing of it."""
+    if not template.off_switch and not mentions_thoughts(template.text):
+        return ""
+    switches = [f"{name}={str(kwargs[name]).lower()}" for name in template.off_switch if name in kwargs]
+    return f"{thinking}: {', '.join(switches) or 'no switch passed'}"
+
+
+def thinking_mode(value: Any) -> str:
+    """`off` or `keep`; YAML reads a bare `off` as false."""
+    if value is False:
+        return "off"
+    if value not in THINKING:
+        raise InputError(f"model.thinking={value}: valid: {', '.join(THINKING)}")
+    return str(value)
