@@ -20,7 +20,7 @@ from src.errors import InputError
 from src.fidelity import FidelityMeter
 from src.foresight import foresee
 from src.jobs import Generation, Job, Request, Variant
-from src.lanes import Cell, Fork, LaneBatch, Pool, Prefill, Rotate
+from src.lanes import Cell, Fork, LaneBatch, Pool, Prefill, RotateLayer
 from src.memory import MemoryMeter, is_out_of_memory
 from src.rotary import Rotary
 
@@ -289,7 +289,7 @@ def fidelity_lanes(lanes: list[Lane], forks: list[Fork], logits: Tensor, questio
     return extra
 
 
-def arrange(lanes: list[Lane], rotate: Rotate) -> tuple[LaneBatch, list[Lane]]:
+def arrange(lanes: list[Lane], rotate: RotateLayer) -> tuple[LaneBatch, list[Lane]]:
     """Pools of lanes that may hold equally many entries; the lanes in the order of the batch's rows."""
     groups: dict[object, dict[Cell, list[Lane]]] = {}
     for lane in lanes:

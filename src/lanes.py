@@ -22,6 +22,7 @@ from src.states import settle, stack_states
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 Rotate = Callable[[Tensor, Tensor], Tensor]
+RotateLayer = Callable[[Tensor, Tensor, int], Tensor]  # the last one: which layer's vectors they are
 
 
 @dataclass(frozen=True)
@@ -245,7 +246,7 @@ class LaneBatch:
         longest: the longest text of any lane so far, in tokens.
     """
 
-    def __init__(self, pools: list[Pool], rotate: Rotate) -> None:
+    def __init__(self, pools: list[Pool], rotate: RotateLayer) -> None:
         self.pools, self.rotate = pools, rotate
         self.t, self.longest = 0, 0
         self.watch: Callable[[int, Tensor], None] | None = None  # is shown every layer's attention outputs
@@ -261,10 +262,14 @@ class LaneBatch:
         query = query.reshape(lanes, kv_heads, heads // kv_heads, dim)
         key, value = key[:, :, 0], value[:, :, 0]
         parts = []
+
+        def rotate(vectors: Tensor, shift: Tensor) -> Tensor:
+            return self.rotate(vectors, shift, layer)
+
         for pool in self.pools:
             rows = slice(pool.row, pool.row + pool.lanes)
             position = self.position[rows]
-            parts.append(pool.step(layer, query[rows], key[rows], value[rows], position, scaling, self.t, self.rotate))
+            parts.append(pool.step(layer, query[rows], key[rows], value[rows], position, scaling, self.t, rotate))
         out = torch.cat(parts).view(lanes, 1, heads, -1)
         if self.watch is not None:
             self.watch(layer, out)
