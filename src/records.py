@@ -122,6 +122,7 @@ class RunFolder:
         recent: int | None = None,
         plot: bool = True,
         asked: Collection[tuple[str, str]] = (),
+        reconstruction: str = "",
     ) -> dict[str, Any]:
         """Write retention.npz, retention.png and (last) metrics.json over all current records; return the
         metrics.
@@ -145,6 +146,8 @@ class RunFolder:
             )
             wanted = {*asked, *self._missing_before()}
             metrics["missing"] = sorted(list(sample) for sample in wanted if sample not in self._table.last)
+            if reconstruction:  # `Policy.reconstruction`: a report must say so beside the figures
+                metrics["reconstruction"] = reconstruction
             write_whole(self.path / METRICS, pretty(metrics))
             return metrics
 

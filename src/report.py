@@ -17,8 +17,10 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
+from evals.visible import visible
 from src.errors import InputError
 from src.kept_over_time import of_study
+from src.logs import log_to_stderr
 from src.reporting.analysis import Analysis, Difference, analyse
 from src.reporting.data import make_study
 from src.reporting.figures import inline_svg, pdf, png
@@ -72,7 +74,7 @@ def write_report(
             _write(out / "figures" / f"{name}.png", png(figure))
             _write(out / "figures" / f"{name}.pdf", pdf(figure))
         numbers = json.dumps(as_numbers(analysis), indent=2, ensure_ascii=False, allow_nan=False)
-        _write(out / "report.json", f"{numbers}\n".encode())
+        _write(out / "report.json", f"{numbers}\n".encode("utf-8", "backslashreplace"))  # a lone surrogate, as JSON
         _write(out / "report.html", html.encode("utf-8", "replace"))
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written ({error.strerror})") from None
@@ -88,6 +90,7 @@ def as_numbers(analysis: Analysis) -> dict[str, Any]:
     runs = [
         {
             "policy": row.run.label,
+            "reconstruction": row.run.reconstruction or None,
             "budget": None if row.run.full else row.run.budget,
             "folder": row.run.folder.name,
             "average": asdict(row.average),
@@ -97,6 +100,8 @@ def as_numbers(analysis: Analysis) -> dict[str, Any]:
             "difference_to_baseline": difference(row.baseline),
             "fidelity": {name: asdict(interval) for name, interval in row.fidelity.items()},
             "memory": row.run.metrics.get("memory") or {},
+            "total_bytes": row.total_bytes,
+            "total_share": row.total_share,
         }
         for row in analysis.rows
     ]
@@ -129,12 +134,12 @@ def _write(path: Path, content: bytes) -> None:
 def show(analysis: Analysis, tables: Sequence[Table], console: Console) -> None:
     """Warnings, the tables that fit a terminal, the summary."""
     for warning in analysis.study.warnings:
-        console.print(f"note: {warning}", markup=False, style="yellow")
+        console.print(f"note: {visible(warning)}", markup=False, style="yellow")
     for table in tables:
         if table.name == "comparison" or (table.name == "scores" and len(table.columns) <= 10):
             console.print(terminal(table))
     for line in summary(analysis):
-        console.print(f"- {line}", markup=False, highlight=False)
+        console.print(f"- {visible(line)}", markup=False, highlight=False)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -163,6 +168,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    log_to_stderr()
     try:
         given = _arguments(argv)
         path, analysis, tables = write_report(
@@ -171,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         show(analysis, tables, Console() if sys.stdout.isatty() else Console(width=WIDE))
         if given.wandb != "disabled":
             track_report(given.wandb, given.wandb_project, path.parent, analysis, tables)
-        print(f"report: {path}")
+        print(f"report: {visible(str(path))}")
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

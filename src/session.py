@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from evals.suites import load_samples
 from evals.tasks import Sample
+from evals.visible import visible
 from src.binding import bind
 from src.chosen import save_chosen
 from src.cluster import distributed
@@ -268,6 +269,7 @@ class Session:
             task_metrics={s.task.name: s.task.metric for s in self.samples},
             peaks=peaks,
             asked={(s.task.name, s.id) for s in self.samples},
+            reconstruction=cell.config.variant.policy.reconstruction,
         )
         cell.tracker.finish(metrics, cell.folder.records)
 
@@ -275,7 +277,7 @@ class Session:
 def show_results(cells: Sequence[Cell]) -> None:
     """The last line on stdout: the run's folder, or the folder that holds all cells' folders."""
     path = cells[0].folder.path
-    print(f"results: {path if len(cells) == 1 else path.parent}")
+    print(f"results: {visible(str(path if len(cells) == 1 else path.parent))}")
 
 
 @contextmanager

@@ -9,8 +9,10 @@ from typing import Any
 
 import yaml
 
+from evals.visible import visible
 from src.errors import InputError
 from src.records import load_records
+from src.reporting.marks import MARK, reconstruction
 
 Key = tuple[str, str, str]  # task, id, prompt hash: what makes two runs' samples the same sample
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -41,6 +43,7 @@ class Run:
     environment: dict[str, Any]
     records: dict[Key, dict[str, Any]] = field(repr=False)
     label: str = ""
+    reconstruction: str = ""  # where the policy's formulas come from, if it is one
 
     @property
     def full(self) -> bool:
@@ -54,8 +57,14 @@ class Run:
         return {k: v for k, v in flat(policy).items() if k not in ("name", "_target_")}
 
     @property
+    def shown(self) -> str:
+        """The label for people: `ahakv (our reconstruction) score_pool=7`."""
+        name = visible(self.policy)
+        return f"{name} {MARK}{self.label.removeprefix(name)}" if self.reconstruction else self.label
+
+    @property
     def cell(self) -> str:
-        return self.label if self.full or self.budget is None else f"{self.label} at {show_budget(self.budget)}"
+        return self.shown if self.full or self.budget is None else f"{self.shown} at {show_budget(self.budget)}"
 
 
 def find_runs(folders: Sequence[Path]) -> tuple[list[Path], list[str]]:
@@ -86,11 +95,12 @@ def load_run(folder: Path) -> Run:
         folder,
         str(metrics["policy"]),
         metrics.get("budget"),
-        str(metrics["model"]),
+        visible(str(metrics["model"])),
         metrics,
         settings,
         environment,
         records,
+        reconstruction=reconstruction(metrics, settings),
     )
 
 
@@ -121,7 +131,8 @@ def label_runs(runs: Sequence[Run]) -> list[Run]:
     labelled: list[Run] = []
     for run in runs:
         alike = [r.options for r in runs if r.policy == run.policy]
-        written = flat(_yaml(CONF / "policy" / f"{run.policy}.yaml"))
+        own = {path.stem: path for path in (CONF / "policy").glob("*.yaml")}  # a foreign name is no path to look up
+        written = flat(_yaml(own[run.policy])) if run.policy in own else {}
         defaults = {k: v for k, v in written.items() if "${" not in str(v)}  # a seed that follows the run's
         varied = [k for k in sorted(run.options) if any(o.get(k) != run.options[k] for o in alike)]
         changed = [k for k in sorted(run.options) if k in defaults and defaults[k] != run.options[k]]
@@ -130,7 +141,7 @@ def label_runs(runs: Sequence[Run]) -> list[Run]:
         if "decode_budget" in run.options and "decode_budget" not in shown:
             shown.append("decode_budget")  # `budget` is the sum, which does not say how it is split
         words = [run.policy, *(f"{k}={_short(run.options[k])}" for k in shown)]
-        labelled.append(replace(run, label=" ".join(words if not run.full else words[:1])))
+        labelled.append(replace(run, label=visible(" ".join(words if not run.full else words[:1]))))
     return _tell_apart(labelled)
 
 
@@ -148,13 +159,13 @@ def _tell_apart(runs: list[Run]) -> list[Run]:
         names = sorted({k for s in settings for k in s if any(o.get(k) != s[k] for o in settings)})
         for i, s in zip(members, settings, strict=True):
             words = [runs[i].label, *(f"{k}={_plain(s.get(k))}" for k in names)]
-            runs[i] = replace(runs[i], label=" ".join(words))
+            runs[i] = replace(runs[i], label=visible(" ".join(words)))
     return runs
 
 
 def cell_columns(run: Run) -> dict[str, Any]:
     """The columns that say which cell a table's row is about."""
-    options = run.label.removeprefix(run.policy).strip()
+    options = run.label.removeprefix(visible(run.policy)).strip()
     return {"model": run.model, "policy": run.policy, "options": options, "budget": None if run.full else run.budget}
 
 
