@@ -43,7 +43,7 @@ from src.logs import log_to_stderr
 from src.reference_retention import octave_table, retention_table
 from src.reporting.data import Study, make_study
 from src.reporting.runs import cell_columns
-from src.statistics import RESAMPLES, Array, bootstrap_intervals, holm, sign_flip_pvalues
+from src.statistics import RESAMPLES, Array, bootstrap_intervals, check_resamples, holm, sign_flip_pvalues
 
 MEASURES = ("score", "nll", "kl", "top1", "output_error")
 SIZES = ("kv_bytes", "kv_bytes_peak", "kv_bytes_full", "bookkeeping_bytes")
@@ -183,6 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     log_to_stderr()
     try:
         given = parser.parse_args(argv)
+        check_resamples(given.resamples)
         tables, study = collect(given.folders, given.baseline, given.min_prompt, given.resamples)
         own = shlex.join(["python", "-m", "src.reference", *(sys.argv[1:] if argv is None else argv)])
         given.out.mkdir(parents=True, exist_ok=True)

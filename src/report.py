@@ -33,7 +33,7 @@ from src.reporting.samples import contrasts, retention_maps
 from src.reporting.summary import summary
 from src.reporting.tables import make_tables, tasks_table
 from src.reporting.tracking import track_report
-from src.statistics import RESAMPLES
+from src.statistics import RESAMPLES, check_resamples
 from src.tracking import MODES
 
 WIDE = 150  # columns where the output is no terminal
@@ -158,8 +158,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the resampling (0)")
     parser.add_argument("--samples", type=int, default=24, help="how many samples the page shows in full (24)")
     found = parser.parse_args(argv)
-    if found.resamples < 1000:
-        raise InputError(f"--resamples {found.resamples}: at least 1000, or the intervals are noise themselves")
+    check_resamples(found.resamples)
     if found.seed < 0:
         raise InputError(f"--seed {found.seed}: a whole number from 0 on")
     if found.samples < 0:
