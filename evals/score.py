@@ -126,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(scores, ensure_ascii=False))
+    print(json.dumps(scores))
     return 0
 
 

@@ -74,6 +74,10 @@ class AhaKV(ScorePolicy):
     score_pool: int = 1
     sinks: int = 0
     evicts_while_decoding: ClassVar[bool] = True
+    reconstruction: ClassVar[str] = (
+        "the formulas come from two third-party summaries, which agree; the body of the paper could not be read, and "
+        "no code of the authors is public"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

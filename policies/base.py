@@ -84,6 +84,8 @@ class Policy(ABC):
             `room`, `prune` or `make_cache`.
         may_refuse: `evict` may turn the incoming token away instead of giving it a slot.
         chooses: at each step only some of the cached tokens are attended to; `attended` says which.
+        reconstruction: where the formulas come from, if neither from the paper's own text nor from its authors'
+            code. Figures of such a policy are shown as "(our reconstruction)", with this text in the notes.
     """
 
     evicts_while_decoding: ClassVar[bool] = False
@@ -92,6 +94,7 @@ class Policy(ABC):
     own_pool: ClassVar[bool] = False
     may_refuse: ClassVar[bool] = False
     chooses: ClassVar[bool] = False
+    reconstruction: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         """Check every setting against its annotation; ValueError names the setting and what would be valid."""

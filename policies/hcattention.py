@@ -64,6 +64,10 @@ class HCAttention(Policy):
     uses_budget: ClassVar[bool] = False
     own_pool: ClassVar[bool] = True
     chooses: ClassVar[bool] = True
+    reconstruction: ClassVar[str] = (
+        "what is known comes from a third party's notes; the body of the paper could not be read, and no code of the "
+        "authors is public"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

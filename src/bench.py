@@ -13,7 +13,6 @@ Machines are noisy: what is compared runs in turn, and medians over the turns ar
 from __future__ import annotations
 
 import json
-import logging
 import statistics
 import sys
 import tempfile
@@ -27,13 +26,16 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from evals.visible import visible
 from src.bench_decode import SPARE, decode_rows
 from src.binding import bind, shape_of
 from src.checks import check_settings
 from src.engine import Engine
 from src.environment import environment
 from src.jobs import Generation, Job, Request, Variant
+from src.logs import log_to_stderr
 from src.memory import MemoryMeter, allocated_peak
 from src.models import LoadedModel, load_model
 from src.peers.compare import Peer, compare
@@ -224,7 +226,7 @@ class Bench:
                 taken = run()
                 if turn:
                     seconds[name].append(taken)
-                print(f"  {name}: {taken:.3f} s{'' if turn else ' (warm-up)'}", file=sys.stderr, flush=True)
+                print(f"  {visible(name)}: {taken:.3f} s{'' if turn else ' (warm-up)'}", file=sys.stderr, flush=True)
         return seconds
 
 
@@ -260,16 +262,16 @@ def show(rows: Sequence[Row]) -> None:
         for column in columns:
             table.add_column(column, justify="left" if column == "what" else "right")
         for row in mine:
-            table.add_row(*(shown(row.get(column)) for column in columns))
+            table.add_row(*(Text(shown(row.get(column))) for column in columns))
         Console(width=160).print(table)
 
 
 def shown(value: Any) -> str:
-    return "" if value is None else f"{value:,.3f}" if isinstance(value, float) else str(value)
+    return "" if value is None else f"{value:,.3f}" if isinstance(value, float) else visible(str(value))
 
 
 def bench(cfg: DictConfig) -> int:
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    log_to_stderr()
     check_settings(cfg, needed=("model",))
     work = Bench(cfg)
     rows: list[Row] = []
@@ -286,7 +288,7 @@ def bench(cfg: DictConfig) -> int:
         "rows": rows,
     }
     path.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    print(f"results: {path}")
+    print(f"results: {visible(str(path))}")
     return 0
 
 

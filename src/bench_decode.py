@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from evals.visible import visible
 from src.engine import Engine, arrange
 from src.fidelity import FidelityMeter
 from src.jobs import Job, Request, Variant
@@ -108,7 +109,7 @@ def decode_rows(
         for found, more in zip(seconds, taken, strict=True):
             found += more
         medians = ", ".join(f"{statistics.median(more):.4f}" for more in taken)
-        print(f"  {name}: {medians} s per token (turn {turn + 1} of {repeats})", file=sys.stderr, flush=True)
+        print(f"  {visible(name)}: {medians} s per token (turn {turn + 1} of {repeats})", file=sys.stderr, flush=True)
     return [
         {
             "prompt_tokens": len(request.ids),

@@ -16,6 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from evals.errors import DataError
+from evals.visible import one_line
 from src.errors import InputError
 from src.files import no_room
 
@@ -71,7 +72,7 @@ def report(overrides: Sequence[str], outcome: Outcome) -> int:
     sys.stdout.flush()
     if outcome.code:
         line = f"job {' '.join(overrides)}: {outcome.message}"
-        print("error: " + " ".join(line.split()), file=sys.stderr, flush=True)
+        print(f"error: {one_line(line)}", file=sys.stderr, flush=True)
     return outcome.code
 
 

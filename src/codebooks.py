@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from evals.visible import visible
 from policies.base import ModelShape
 from src import attention
 from src.embedded import cache_folder
@@ -184,7 +185,7 @@ def make(cfg: DictConfig) -> int:
     file = Path(cfg.output).expanduser() if cfg.output else default_path(shape.name, cfg.groups, cfg.centroids)
     if file.exists() and not cfg.overwrite:
         if made_for(file, shape, cfg.groups, cfg.centroids):
-            print(f"there already: {file} (overwrite=true fits anew)")
+            print(f"there already: {visible(str(file))} (overwrite=true fits anew)")
             return 0
         if cfg.output:
             raise InputError(
@@ -199,7 +200,7 @@ def make(cfg: DictConfig) -> int:
         texts.append(loaded.fit_ids(ids))
     centroids = fit_codebooks(sample_keys(loaded.model, texts), cfg.groups, cfg.centroids, cfg.seed, cfg.jobs)
     save_codebooks(file, centroids, shape, tokens=sum(map(len, texts)), seed=cfg.seed, text="pydoc_data.topics")
-    print(f"codebooks: {file}")
+    print(f"codebooks: {visible(str(file))}")
     return 0
 
 

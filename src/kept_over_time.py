@@ -24,8 +24,10 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from evals.visible import shortened, visible
 from src.errors import InputError
 from src.files import Npz, write_npz
+from src.logs import log_to_stderr
 from src.records import TRACES
 from src.reporting.data import Study
 from src.reporting.figures import LOOK, new_figure, plain_text
@@ -149,7 +151,7 @@ def of_study(study: Study) -> Figure | None:
 
 
 def title_of(sample: str) -> str:
-    return f"Positions kept over time: n = 1 sample, {sample}"
+    return f"Positions kept over time: n = 1 sample, {shortened(sample)}"
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:
@@ -160,7 +162,7 @@ def names_of(folders: Sequence[Path]) -> list[str]:
     """
     runs = [load_run(folder) for folder in folders]
     check_comparable(runs)
-    return [f"{run.label}, budget {show_budget(run.budget)}" for run in label_runs(runs)]
+    return [f"{run.shown}, budget {show_budget(run.budget)}" for run in label_runs(runs)]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -173,6 +175,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("out", type=Path, help="the picture: .png, .pdf or .svg")
     parser.add_argument("runs", type=Path, nargs="+", help="folders of runs made with kept_over_time=N")
     parser.add_argument("--sample", help="TASK-ID; default: the first that all runs have")
+    log_to_stderr()
     try:
         wanted = parser.parse_args(arguments)
         if wanted.out.suffix not in (".png", ".pdf", ".svg"):
@@ -195,7 +198,7 @@ def main(arguments: Sequence[str]) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"picture: {wanted.out}")
+    print(f"picture: {visible(str(wanted.out))}")
     return 0
 
 

@@ -13,7 +13,9 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
+from rich.text import Text
 
+from evals.visible import visible
 from src.settings import CellConfig
 
 QUIET_SECONDS = 20.0  # between two lines where there is no terminal to draw on
@@ -100,9 +102,9 @@ class Progress:
             table.add_column("all" if budget is None else str(budget), justify="right")
         for label in dict.fromkeys(c.shown for c in self.cells):
             mine = {c.budget: c for c in self.cells if c.shown == label}
-            table.add_row(label, *(self._score(mine[b]) if b in mine else "" for b in budgets))
+            table.add_row(Text(visible(label)), *(self._score(mine[b]) if b in mine else "" for b in budgets))
         return Group(table, self._bar)
 
 
 def name(cell: CellConfig) -> str:
-    return cell.shown if cell.budget is None else f"{cell.shown}-{cell.budget}"
+    return visible(cell.shown if cell.budget is None else f"{cell.shown}-{cell.budget}")

@@ -139,6 +139,7 @@ class RunFolder:
         recent: int | None = None,
         plot: bool = True,
         asked: Collection[tuple[str, str]] = (),
+        reconstruction: str = "",
     ) -> dict[str, Any]:
         """Write retention.npz, metrics.json and (last) retention.png over all current records; return the metrics.
 
@@ -179,6 +180,8 @@ class RunFolder:
             )
             wanted = {*asked, *((task, id_) for task, id_ in before.get("missing", ()))}
             metrics["missing"] = sorted(list(sample) for sample in wanted if sample not in self._table.last)
+            if reconstruction:  # `Policy.reconstruction`: a report must say so beside the figures
+                metrics["reconstruction"] = reconstruction
             metrics["settings_hash"] = self._settings_hash
             metrics = write_metrics(self.path / METRICS, metrics)
             if refused:

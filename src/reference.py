@@ -37,11 +37,13 @@ from typing import NoReturn
 import numpy as np
 import pandas as pd
 
+from evals.visible import csv_cell, one_line, visible
 from src.errors import InputError
+from src.logs import log_to_stderr
 from src.reference_retention import octave_table, retention_table
 from src.reporting.data import Study, make_study
 from src.reporting.runs import cell_columns
-from src.statistics import RESAMPLES, Array, bootstrap_intervals, holm, sign_flip_pvalues
+from src.statistics import RESAMPLES, Array, bootstrap_intervals, check_resamples, holm, sign_flip_pvalues
 
 MEASURES = ("score", "nll", "kl", "top1", "output_error")
 SIZES = ("kv_bytes", "kv_bytes_peak", "kv_bytes_full", "bookkeeping_bytes")
@@ -178,21 +180,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--baseline", help="what differences are against, at equal budget (default: the full cache)")
     parser.add_argument("--min-prompt", type=int, default=0, metavar="N", help="leave out samples with shorter prompts")
     parser.add_argument("--resamples", type=int, default=RESAMPLES, help=f"bootstrap resamples ({RESAMPLES})")
+    log_to_stderr()
     try:
         given = parser.parse_args(argv)
+        check_resamples(given.resamples)
         tables, study = collect(given.folders, given.baseline, given.min_prompt, given.resamples)
         own = shlex.join(["python", "-m", "src.reference", *(sys.argv[1:] if argv is None else argv)])
         given.out.mkdir(parents=True, exist_ok=True)
         for name, table in tables.items():
-            table.to_csv(given.out / f"{name}.csv", index=False, float_format="%.6g", lineterminator="\n")
+            plain = table.rename(columns=csv_cell).map(csv_cell)  # names come from folders that may be foreign
+            plain.to_csv(given.out / f"{name}.csv", index=False, float_format="%.6g", lineterminator="\n")
         (given.out / "README.md").write_text(readme(study, given.command, own, given.out.name), encoding="utf-8")
     except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: --out {given.out}: cannot be written ({error.strerror})", file=sys.stderr)
+        print(f"error: {one_line(f'--out {given.out}: cannot be written ({error.strerror})')}", file=sys.stderr)
         return 2
-    print(f"reference: {given.out}")
+    print(f"reference: {visible(str(given.out))}")
     return 0
 
 

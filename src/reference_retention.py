@@ -13,7 +13,7 @@ from src.reporting.data import Study
 from src.reporting.runs import Key, Run, cell_columns
 from src.retention_store import BINS, KeptSample, load_retention
 from src.retention_summary import BINS_TO_TENTHS
-from src.statistics import RESAMPLES, Array, Interval, bootstrap_intervals
+from src.statistics import CELLS, RESAMPLES, Array, Interval, bootstrap_intervals
 
 DECILES = tuple(f"decile_{i:02}" for i in range(1, 11))
 COLUMNS = ["model", "policy", "options", "budget"]
@@ -120,8 +120,10 @@ def ratio_interval(top: Array, bottom: Array, resamples: int = RESAMPLES, seed: 
         value = float(top.sum() / bottom.sum())
         if n < 5:
             return value, float("nan"), float("nan")
-        picks = np.random.default_rng(seed).integers(0, n, (resamples, n - 1))
-        draws = top[picks].sum(axis=1) / bottom[picks].sum(axis=1)
+        generator, draws = np.random.default_rng(seed), np.empty(resamples)
+        for start in range(0, resamples, block := max(1, CELLS // n)):
+            picks = generator.integers(0, n, (min(block, resamples - start), n - 1))
+            draws[start : start + block] = top[picks].sum(axis=1) / bottom[picks].sum(axis=1)
     tail = norm.cdf(t.ppf(0.025, n - 1))
     low, high = np.quantile(draws, [tail, 1 - tail], method="closest_observation")
     return value, float(low), float(high)

@@ -17,9 +17,11 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
+from evals.visible import visible
 from src.errors import InputError
 from src.files import no_room, write_whole
 from src.kept_over_time import of_study
+from src.logs import log_to_stderr
 from src.reporting.analysis import Analysis, Difference, analyse
 from src.reporting.data import make_study
 from src.reporting.figures import inline_svg, pdf, png
@@ -32,7 +34,7 @@ from src.reporting.samples import contrasts, retention_maps
 from src.reporting.summary import summary
 from src.reporting.tables import make_tables, tasks_table
 from src.reporting.tracking import track_report
-from src.statistics import RESAMPLES
+from src.statistics import RESAMPLES, check_resamples
 from src.tracking import MODES
 
 WIDE = 150  # columns where the output is no terminal
@@ -72,7 +74,8 @@ def write_report(
     }
     for name, figure in figures.items():
         files |= {f"figures/{name}.png": png(figure), f"figures/{name}.pdf": pdf(figure)}
-    files |= {"report.json": f"{numbers}\n".encode(), "report.html": html.encode("utf-8", "replace")}
+    files["report.json"] = f"{numbers}\n".encode("utf-8", "backslashreplace")  # a lone surrogate, as JSON
+    files["report.html"] = html.encode("utf-8", "replace")
     try:
         for folder in (out / "tables", out / "figures"):
             folder.mkdir(parents=True, exist_ok=True)
@@ -92,6 +95,7 @@ def as_numbers(analysis: Analysis) -> dict[str, Any]:
     runs = [
         {
             "policy": row.run.label,
+            "reconstruction": row.run.reconstruction or None,
             "budget": None if row.run.full else row.run.budget,
             "folder": row.run.folder.name,
             "average": asdict(row.average),
@@ -101,6 +105,8 @@ def as_numbers(analysis: Analysis) -> dict[str, Any]:
             "difference_to_baseline": difference(row.baseline),
             "fidelity": {name: asdict(interval) for name, interval in row.fidelity.items()},
             "memory": row.run.metrics.get("memory") or {},
+            "total_bytes": row.total_bytes,
+            "total_share": row.total_share,
         }
         for row in analysis.rows
     ]
@@ -127,12 +133,12 @@ def _no_nan(value: Any) -> Any:
 def show(analysis: Analysis, tables: Sequence[Table], console: Console) -> None:
     """Warnings, the tables that fit a terminal, the summary."""
     for warning in analysis.study.warnings:
-        console.print(f"note: {warning}", markup=False, style="yellow")
+        console.print(f"note: {visible(warning)}", markup=False, style="yellow")
     for table in tables:
         if table.name == "comparison" or (table.name == "scores" and len(table.columns) <= 10):
             console.print(terminal(table))
     for line in summary(analysis):
-        console.print(f"- {line}", markup=False, highlight=False)
+        console.print(f"- {visible(line)}", markup=False, highlight=False)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -151,8 +157,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the resampling (0)")
     parser.add_argument("--samples", type=int, default=24, help="how many samples the page shows in full (24)")
     found = parser.parse_args(argv)
-    if found.resamples < 1000:
-        raise InputError(f"--resamples {found.resamples}: at least 1000, or the intervals are noise themselves")
+    check_resamples(found.resamples)
     if found.seed < 0:
         raise InputError(f"--seed {found.seed}: a whole number from 0 on")
     if found.samples < 0:
@@ -161,6 +166,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    log_to_stderr()
     try:
         given = _arguments(argv)
         path, analysis, tables = write_report(
@@ -169,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         show(analysis, tables, Console() if sys.stdout.isatty() else Console(width=WIDE))
         if given.wandb != "disabled":
             track_report(given.wandb, given.wandb_project, path.parent, analysis, tables)
-        print(f"report: {path}")
+        print(f"report: {visible(str(path))}")
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

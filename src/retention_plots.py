@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
+from evals.visible import shortened
 from src.retention_store import BINS
 from src.retention_summary import Profile
 
@@ -29,7 +30,7 @@ def plot_retention(data: Profile, path: Path, title: str) -> None:
     top.tick_params(labelbottom=False)
     lengths = [row["n"] for row in data.rows]
     among = f"{min(lengths):,} to {max(lengths):,}" if min(lengths) < max(lengths) else f"{max(lengths):,}"
-    top.text(0, 1.14, title, transform=top.transAxes, fontsize=11)
+    top.text(0, 1.14, shortened(title, 90), parse_math=False, transform=top.transAxes, fontsize=11)
     facts = f"n = {len(lengths)} prompts of {among} tokens, {data.layers} layers, {data.heads} KV heads"
     top.text(0, 1.04, facts, transform=top.transAxes, fontsize=9)
     image = draw_layers(bottom, data)

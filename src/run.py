@@ -5,7 +5,6 @@ See conf/config.yaml for every setting, or `python -m src.run --help`.
 
 from __future__ import annotations
 
-import logging
 import sys
 
 from omegaconf import DictConfig
@@ -13,13 +12,14 @@ from omegaconf import DictConfig
 from src.checks import check_settings
 from src.errors import InputError
 from src.jobs import SplitBudget
+from src.logs import log_to_stderr
 from src.session import Session, show_results
 from src.settings import main, make_cell, parse_budget
 
 
 def run(cfg: DictConfig) -> int:
     """The job: returns the exit code and prints the results folder as the last line."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    log_to_stderr()
     check_settings(cfg)
     if "policies" in cfg:  # an experiment made for sweeps; a single cell of it would pass for all
         raise InputError(

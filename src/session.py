@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from evals.suites import load_samples
 from evals.tasks import Sample
+from evals.visible import visible
 from src.binding import bind
 from src.chosen import has_chosen, save_chosen
 from src.cluster import distributed
@@ -317,13 +318,14 @@ class Session:
             peaks=peaks,
             asked={(s.task.name, s.id) for s in self.samples},
             plot=False,
+            reconstruction=cell.config.variant.policy.reconstruction,
         )
 
 
 def show_results(cells: Sequence[Cell]) -> None:
     """The last line on stdout: the run's folder, or the folder that holds all cells' folders."""
     path = cells[0].folder.path
-    print(f"results: {path if len(cells) == 1 else path.parent}")
+    print(f"results: {visible(str(path if len(cells) == 1 else path.parent))}")
 
 
 @contextmanager

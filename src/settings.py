@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from evals.errors import DataError
 from evals.suites import task_names
+from evals.visible import one_line
 from policies.base import Policy
 from src.cluster import EXTRAS, Outcome, distributed, report, run_job
 from src.errors import InputError
@@ -129,7 +130,7 @@ def main(config_name: str, job: Callable[[DictConfig], int]) -> int:
 
 def complain(message: str) -> int:
     """One line on stderr; returns the exit code for it."""
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     return 2
 
 

@@ -28,9 +28,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import norm, t
 
+from src.errors import InputError
+
 Array = NDArray[np.float64]
 
 RESAMPLES = 10_000
+FEWEST, MOST = 1_000, 1_000_000  # resamples: below it intervals are noise themselves, above it nothing changes any more
 EXACT_UP_TO = 13  # non-zero differences: 2^13 sign patterns are fewer than the resamples, so all are visited
 CELLS = 4_000_000  # entries of the largest temporary array
 
@@ -89,7 +92,8 @@ def bootstrap_intervals(
     for column in range(values.shape[1]):
         if not np.isnan(errors[column]):
             patterns.setdefault(np.isnan(values[:, column]).tobytes(), []).append(column)
-    for columns in patterns.values():
+    wide = max(1, CELLS // resamples)  # columns whose draws are held at once; each meets the same draws anyway
+    for columns in (group[i : i + wide] for group in patterns.values() for i in range(0, len(group), wide)):
         present = ~np.isnan(values[:, columns[0]])
         draws = np.sort(_resample(values[present][:, columns], tasks[present], resamples, seed), axis=0)
         tail = norm.cdf(t.ppf((1 - level) / 2, freedom[columns]))
@@ -101,6 +105,14 @@ def bootstrap_intervals(
         Interval(float(estimates[i]), float(low[i]), float(high[i]), float(errors[i]), int(counts[i]))
         for i in range(values.shape[1])
     ]
+
+
+def check_resamples(count: int) -> int:
+    """The count, if intervals can be made from so many resamples. Raises InputError."""
+    if not FEWEST <= count <= MOST:
+        why = "intervals from fewer are noise themselves" if count < FEWEST else "more change no interval"
+        raise InputError(f"--resamples {count}: {why}; valid: {FEWEST} to {MOST}")
+    return count
 
 
 def sign_flip_pvalues(differences: Array, tasks: NDArray[np.int_], resamples: int = RESAMPLES, seed: int = 0) -> Array:

@@ -138,6 +138,8 @@ def _memory(rows: Sequence[Record], peaks: Mapping[str, float | None]) -> dict[s
         return int(max(values)) if values else None
 
     kept, full = (mean(r.get(name) for r in rows) for name in ("kv_bytes", "kv_bytes_full"))
+    bookkeeping = mean(r.get("bookkeeping_bytes") for r in rows)
+    total = None if kept is None or bookkeeping is None else kept + bookkeeping
     return {
         "kv_bytes_mean": _rounded(kept, 1),
         "kv_bytes_full_mean": _rounded(full, 1),
@@ -145,7 +147,9 @@ def _memory(rows: Sequence[Record], peaks: Mapping[str, float | None]) -> dict[s
         **_by_device(rows, full),
         "kv_bytes_peak_mean": _rounded(mean(r.get("kv_bytes_peak") for r in rows), 1),
         "kv_bytes_peak_max": peak("kv_bytes_peak"),
-        "bookkeeping_bytes_mean": _rounded(mean(r.get("bookkeeping_bytes") for r in rows), 1),
+        "bookkeeping_bytes_mean": _rounded(bookkeeping, 1),
+        "total_bytes_mean": _rounded(total, 1),
+        "total_ratio": round(total / full, 6) if total is not None and full else None,
         "peak_bytes": peak("peak_bytes"),
         "peak_prefill_bytes": peak("peak_prefill_bytes"),
         "peak_decode_bytes": peak("peak_decode_bytes"),

@@ -8,7 +8,6 @@ See conf/sweep.yaml for every setting, or `python -m src.sweep --help`.
 
 from __future__ import annotations
 
-import logging
 import sys
 from typing import Any
 
@@ -16,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from src.checks import check_settings
 from src.errors import InputError
+from src.logs import log_to_stderr
 from src.session import Session, show_results
 from src.settings import CellConfig, main, make_cell, parse_budget, policy_config
 
@@ -51,7 +51,7 @@ def grid(policies: Any, budgets: Any, seed: int = 0) -> list[CellConfig]:
 
 def sweep(cfg: DictConfig) -> int:
     """The job: returns the exit code and prints the folder of all cells' results as the last line."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    log_to_stderr()
     check_settings(cfg)
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     cells = grid(plain["policies"], plain["budgets"], cfg.seed)

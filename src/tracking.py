@@ -21,6 +21,7 @@ from src.files import write_whole
 from src.wandb_server import key_configured, one_line, server, server_answers, within
 
 MODES = ("auto", "online", "offline", "disabled")
+VALID_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 RUN_ID = "wandb_id"  # file in a run's folder, so that a resumed run goes on in the same W&B run
 TABLE = (
     "task",
@@ -34,6 +35,19 @@ TABLE = (
     "seconds",
     "error",
 )
+
+# Host name, command line, script and interpreter stay out of W&B's files: wandb looks them up where nothing is said,
+# so something is said. `x_disable_meta` keeps back what its service process would find out by itself.
+UNNAMED: dict[str, Any] = {
+    "host": "not-recorded",
+    "program": "not-recorded",
+    "program_abspath": "not-recorded",
+    "program_relpath": "not-recorded",
+    "x_executable": "not-recorded",
+    "x_disable_machine_info": True,
+    "x_disable_meta": True,
+    "disable_job_creation": True,
+}
 
 log = logging.getLogger(__name__)
 
@@ -74,11 +88,13 @@ class Tracking:
         init_timeout: float = 15,
         finish_timeout: float = 60,
         table_rows: int = 1000,
+        identify: bool = False,
     ) -> None:
         if mode not in MODES:
             raise InputError(f"wandb.mode={mode}: valid are {', '.join(MODES)}")
         self.mode = mode
         self.init_timeout, self.finish_timeout, self.table_rows = init_timeout, finish_timeout, table_rows
+        self.identify = identify
         self._where: dict[str, Any] = {
             "project": project,
             "entity": entity,
@@ -144,6 +160,7 @@ class Tracking:
             disable_git=True,
             save_code=False,
             x_disable_stats=True,
+            **({} if self.identify else UNNAMED),
         )
         where = {**self._where, "group": group or self._where["group"]}
         mode: Any = self.mode
@@ -271,12 +288,16 @@ def _teardown() -> None:
 
 
 def _run_id(folder: Path) -> str:
+    """The id that the folder holds; a new one, kept there, where it holds none or something else."""
     path = folder / RUN_ID
-    known = path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else ""
-    if not re.fullmatch(r"[a-z0-9]{4,64}", known):  # none yet, or one that W&B would refuse for ever
-        known = uuid.uuid4().hex[:12]
-        write_whole(path, f"{known}\n")
-    return known
+    if path.exists():
+        found = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
+        if VALID_ID.fullmatch(found):
+            return found
+        log.warning("%s: not a W&B run id; a new one is used, and W&B shows a new run", path)
+    new = uuid.uuid4().hex[:12]
+    write_whole(path, f"{new}\n")
+    return new
 
 
 def _cell(value: Any) -> Any:

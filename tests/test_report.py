@@ -8,19 +8,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from synthetic_runs import METRICS, record, write_run, write_study
+from synthetic_runs import METRICS, kept_positions, record, write_run, write_study
 
 from src.errors import InputError
 from src.report import main, write_report
 from src.reporting.analysis import analyse
 from src.reporting.data import make_study
-from src.reporting.formats import Cell, Column, Table, comma_separated, latex, markdown
+from src.reporting.formats import Cell, Column, Table, comma_separated, latex, markdown, number
 from src.reporting.html import page
 from src.reporting.plots import make_figures, pareto_front
 from src.reporting.runs import find_runs
 from src.reporting.samples import contrasts, retention_maps
-from src.reporting.summary import notes, summary
-from src.reporting.tables import comparison_table, make_tables, scores_table
+from src.reporting.summary import headline, notes, summary
+from src.reporting.tables import comparison_table, make_tables, memory_table, scores_table
 from src.retention_store import Kept
 
 Lines = list[dict[str, Any]]
@@ -263,7 +263,7 @@ def test_markdown_escapes_and_aligns() -> None:
 
 def test_latex_is_booktabs_and_escaped() -> None:
     text = latex(NASTY)
-    assert r"a\_b|c* & \textbf{$-$1.5 [$-$2, 3]} \\" in text
+    assert r"a\_b\textbar{}c* & \textbf{$-$1.5 [$-$2, 3]} \\" in text
     assert r"\$x\textasciicircum{}2 \# & -- \\" in text and r"50\% of A\_b \& \textless{}script" in text
     assert text.count("\\midrule") == 2 and "\\toprule" in text and "\\bottomrule" in text
 
@@ -301,11 +301,11 @@ def test_figures_are_labelled_and_distinct_without_colour(study_folder: Path) ->
 def test_retention_maps_show_shares_of_positions(study_folder: Path) -> None:
     study = make_study([study_folder])
     maps, warnings = retention_maps(study)
-    assert not warnings and len(maps) == 8 and maps[1].shape == (6, 64)
+    assert not warnings and len(maps) == 8 and maps[1].shares.shape == (6, 64) and maps[1].n == 18
     column = study.column("h2o", 64)
-    assert column is not None and maps[column][:, -1].min() == 1  # the recent window
-    assert maps[column].mean() == pytest.approx(64 / 400, rel=0.05)
-    assert maps[column][:, :16].mean() > 3 * maps[column][:, 32:48].mean()
+    assert column is not None and maps[column].shares[:, -1].min() == 1  # the recent window
+    assert maps[column].shares.mean() == pytest.approx(64 / 400, rel=0.05)
+    assert maps[column].shares[:, :16].mean() > 3 * maps[column].shares[:, 32:48].mean()
 
 
 def test_an_unreadable_retention_file_is_a_warning(tmp_path: Path) -> None:
@@ -335,7 +335,8 @@ def test_the_summary_says_what_the_numbers_say(tmp_path: Path) -> None:
     write_run(tmp_path, "ahakv", 64, lines(*(base - 4 + generator.normal(0, 2, 20))))
     write_run(tmp_path, "snapkv", 128, lines(*(base + generator.normal(0, 2, 20)), budget=128))
     text = " ".join(summary(analyse(make_study([tmp_path]), resamples=2000)))
-    assert "the best is ahakv" in text and "Clearly better than snapkv (Holm-corrected p < 0.05): ahakv at 64." in text
+    assert "the best is ahakv (our reconstruction)" in text
+    assert "Clearly better than snapkv (Holm-corrected p < 0.05): ahakv (our reconstruction) at 64." in text
     assert "Clearly worse than snapkv (Holm-corrected p < 0.05): h2o at 64." in text
     assert "smallest cache without a clear loss is snapkv at 128 (its interval still allows a loss" in text
     assert re.search(r"largest loss on one task: qasper falls from [\d.]+ to [\d.]+ under h2o at 64", text)
@@ -455,3 +456,129 @@ def test_errors_by_layer_reach_metrics_and_report(tmp_path: Path) -> None:
     study = make_study([tmp_path])
     assert study.runs[0].metrics["fidelity"]["output_error"] == [0.1, 1.8]
     assert analyse(study, 1000).rows[0].fidelity["output_error"].estimate == pytest.approx((0.1 + 1.8) / 2)
+
+
+# --- bytes, ties, reconstructions ---
+
+
+def test_tied_policies_have_their_own_bytes_interval_and_p(tmp_path: Path) -> None:
+    size = {"kv_bytes_full": 1000}
+    write_run(tmp_path, "full", 64, lines(90, 60, 30, kv_bytes=1000, bookkeeping_bytes=10, **size))
+    write_run(tmp_path, "h2o", 64, lines(50, 50, 20, kv_bytes=100, bookkeeping_bytes=16, **size))
+    write_run(tmp_path, "snapkv", 64, lines(60, 20, 40, kv_bytes=153, bookkeeping_bytes=0, **size))
+    write_run(tmp_path, "tova", 64, lines(40, 40, 40, kv_bytes=100, bookkeeping_bytes=200, **size))
+    analysis = analyse(make_study([tmp_path]), resamples=1000)
+    (line,) = (text for text in summary(analysis) if text.startswith("At budget 64"))
+    assert "h2o (11.6 % of the full cache's bytes, 1.6 of them bookkeeping)" in line
+    assert "snapkv (15.3 % of the full cache's bytes, 0.0 of them bookkeeping)" in line
+    assert "tova (30.0 % of the full cache's bytes, 20.0 of them bookkeeping)" in line
+    for row in analysis.budgeted:  # equal averages, other samples' differences: other intervals
+        assert row.full and f"[{number(row.full.interval.low)}, {number(row.full.interval.high)}]" in line
+    assert ("Best budgeted: h2o at 64, the smallest of 3 equal", "40.0") in [tile[:2] for tile in headline(analysis)]
+    assert ("Its cache memory", "11.6 %") in [tile[:2] for tile in headline(analysis)]
+
+
+def test_memory_columns_are_totals_with_their_parts_beside_them(tmp_path: Path) -> None:
+    half = {"kv_bytes_device": 50, "kv_bytes_host": 100, "codebook_bytes": 30}
+    full = lines(90, kv_bytes=1000, kv_bytes_full=1000, bookkeeping_bytes=10)
+    write_run(tmp_path, "full", 64, full)
+    write_run(tmp_path, "ahakv", 64, lines(50, kv_bytes=146, kv_bytes_full=1000, bookkeeping_bytes=42))
+    write_run(tmp_path, "split", 64, lines(50, kv_bytes=150, kv_bytes_full=1000, bookkeeping_bytes=20, **half))
+    analysis = analyse(make_study([tmp_path]), resamples=1000)
+    table = memory_table(analysis)
+    found = {row[0].text: [cell.value for cell in row[2:]] for row in table.rows}
+    assert [c.key or c.name for c in table.columns[2:6]] == [
+        "entries", "bookkeeping", "total", "total, % of full cache's entries",
+    ]  # fmt: skip
+    mib = 2**20
+    assert found["ahakv (our reconstruction)"][:4] == pytest.approx([146 / mib, 42 / mib, 188 / mib, 18.8])
+    assert found["split"][:4] == pytest.approx([150 / mib, 20 / mib, 170 / mib, 17.0])
+    assert found["split"][5:] == pytest.approx([7.0, 10.0])  # device and codebooks, both with the bookkeeping
+    assert found["full"][3] == pytest.approx(101.0)
+    axes = make_figures(analysis)["score_vs_bytes"].axes[0]
+    drawn = {line.get_label(): line.get_xdata()[0] for line in axes.get_lines() if len(line.get_xdata()) == 1}
+    assert drawn["ahakv (our reconstruction)"] == pytest.approx(188 / mib) and "bookkeeping" in axes.get_xlabel()
+    metrics = json.loads((analysis.rows[1].run.folder / "metrics.json").read_text())["memory"]
+    assert (metrics["total_bytes_mean"], metrics["total_ratio"]) == (188, 0.188)
+
+
+def test_a_reconstruction_says_so_wherever_it_is_shown(report: Path, study_folder: Path) -> None:
+    mark = "ahakv (our reconstruction)"
+    out = report.parent
+    page_text = report.read_text()
+    assert mark in page_text and "the body of the paper could not be read" in page_text
+    for name in ("scores", "comparison", "memory", "retention", "overlap"):
+        assert mark in (out / "tables" / f"{name}.csv").read_text(), name
+        assert mark in (out / "tables" / f"{name}.md").read_text(), name
+    assert "snapkv (our" not in page_text
+    runs = json.loads((out / "report.json").read_text())["runs"]
+    assert {run["policy"] for run in runs if run["reconstruction"]} == {"ahakv"}
+    study = make_study([study_folder])
+    legend = make_figures(analyse(study, resamples=1000))["score_vs_budget"].legends[0]
+    assert mark in [text.get_text() for text in legend.get_texts()]
+
+
+def test_only_the_same_class_is_the_known_reconstruction(tmp_path: Path) -> None:
+    """A user's policy of that name is his; what his own class says of itself is believed."""
+    write_run(tmp_path, "ahakv", 64, lines(1, 2), options={"_target_": "mine.AhaKV"})
+    run = write_run(tmp_path, "other", 64, lines(1, 2))
+    metrics = json.loads((run / "metrics.json").read_text())
+    (run / "metrics.json").write_text(json.dumps({**metrics, "reconstruction": "from a talk"}))
+    shown = [row.shown for row in make_study([tmp_path]).runs]
+    assert shown == ["ahakv", "other (our reconstruction)"]
+
+
+def test_pictures_say_how_many_samples_they_draw(tmp_path: Path) -> None:
+    write_run(tmp_path, "full", 64, lines(*[50] * 120))
+    keep = kept_positions("h2o", 64)
+    write_run(tmp_path, "h2o", 64, lines(*[50] * 120), kept=keep)
+    write_run(tmp_path, "snapkv", 64, lines(*[50] * 100, *[None] * 20), kept=lambda r: None if r["error"] else keep(r))
+    study = make_study([tmp_path])
+    maps, _ = retention_maps(study)
+    figures = make_figures(analyse(study, resamples=1000), maps)
+    drawn = sorted(found.n for found in maps.values())
+    assert drawn[1] == 96 > drawn[0]
+    assert f"n = {drawn[0]} to 96 samples" in figures["retention"].get_suptitle()
+    assert "n = 100 to 120 samples" in figures["score_vs_budget"].get_suptitle()
+
+
+# --- names from outside ---
+
+HOSTILE = "=cmd|' /C calc'!A0\x1b[31m$x$ &amp; ~~a~~ #1 @user <b>`\ud800\u202e_^\\ http://e.org"
+
+
+def test_hostile_names_do_nothing_anywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path, "h2o", 64, [*lines(10, 20), *lines(30, task="+task\x1b]0;x\x07")])
+    write_run(tmp_path, "full", 64, [*lines(40, 50), *lines(60, task="+task\x1b]0;x\x07")])
+    metrics = json.loads((run / "metrics.json").read_text())
+    for policy in (HOSTILE, "../../../x", "n" * 300, "@SUM(1)", "\t=1", "-1+1", "[red]"):
+        (run / "metrics.json").write_text(json.dumps({**metrics, "policy": policy}))
+        assert main([str(tmp_path), "--resamples", "1000"]) == 0
+        printed = capsys.readouterr()
+        said = printed.out + printed.err
+        assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e]", said)
+        out = Path(printed.out.splitlines()[-1].removeprefix("report: ")).parent
+        for path in (out / "tables").glob("*.csv"):
+            for line in csv.reader(path.read_text().splitlines()):
+                for cell in line:
+                    assert not cell.startswith(("=", "+", "@", "\t")) and "\x1b" not in cell
+                    assert not cell.startswith("-") or float(cell) < 0
+    assert r"\x1b" in (out / "tables" / "scores.csv").read_text()  # shown: the task's name
+
+
+def test_negative_numbers_stay_numbers_in_a_csv() -> None:
+    columns = (Column("-name", number=False), Column("value"))
+    table = Table("x", "t", columns, ((Cell("−2.5"), Cell("−2.5", -2.5)), (Cell("-x"), Cell("3", 3))))
+    assert list(csv.reader(comma_separated(table).splitlines())) == [
+        ["'-name", "value"], ["−2.5", "-2.5"], ["'-x", "3"],
+    ]  # fmt: skip
+
+
+def test_markdown_and_latex_take_no_orders() -> None:
+    table = Table("x", "t", (Column("p", number=False),), ((Cell(HOSTILE),), (Cell("[1em]"),)))
+    text = markdown(table)
+    assert r"\$x\$ \&amp; \~\~a\~\~ \#<!-- -->1 \@<!-- -->user \<b\>\`\\ud800\\u202e" in text
+    assert r"\\x1b\[31m" in text and "http:<!-- -->//e.org" in text
+    tex = latex(table)
+    assert r"\$x\$ \&amp; \textasciitilde{}\textasciitilde{}a" in tex and r"\#1 @user" in tex
+    assert "    {}[1em] \\\\" in tex and r"=cmd\textbar{}" in tex

@@ -1,15 +1,20 @@
 """Intervals and tests against hand-computed figures, against scipy, and by simulation."""
 
 from dataclasses import astuple
+from typing import Any
 
 import numpy as np
 import pytest
 from scipy import stats
 
+from src import reference_retention, statistics
+from src.errors import InputError
+from src.reference_retention import ratio_interval
 from src.statistics import (
     Interval,
     _resample,
     bootstrap_intervals,
+    check_resamples,
     holm,
     macro_mean,
     macro_stderr,
@@ -157,3 +162,30 @@ def test_holm_by_hand() -> None:
     corrected = holm([0.02, float("nan"), 0.01])
     assert corrected[0] == pytest.approx(0.02) and np.isnan(corrected[1]) and corrected[2] == pytest.approx(0.02)
     assert holm([]) == []
+
+
+def test_draws_fit_into_memory_however_many_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Columns in turn, resamples in blocks: the same intervals from a hundredth of the room."""
+    values = np.random.default_rng(1).normal(50, 20, (40, 6))
+    tasks = np.repeat([0, 1], 20)
+    whole = bootstrap_intervals(values, tasks, resamples=2_000)
+    ratio = ratio_interval(values[:, 0], values[:, 1], resamples=2_000)
+    held: list[int] = []
+    resample = statistics._resample
+
+    def noting(*arguments: Any) -> Any:
+        held.append((found := resample(*arguments)).size)
+        return found
+
+    monkeypatch.setattr(statistics, "_resample", noting)
+    for module in (statistics, reference_retention):
+        monkeypatch.setattr(module, "CELLS", 4_000)
+    assert bootstrap_intervals(values, tasks, resamples=2_000) == whole
+    assert held == [4_000] * 3
+    assert ratio_interval(values[:, 0], values[:, 1], resamples=2_000) == ratio
+
+
+@pytest.mark.parametrize("count", [-1, 0, 999, 1_000_001, 10**11, 10**30])
+def test_resamples_out_of_bounds_are_one_line(count: int) -> None:
+    with pytest.raises(InputError, match=rf"^--resamples {count}: .*; valid: 1000 to 1000000$"):
+        check_resamples(count)

@@ -5,6 +5,7 @@ import inspect
 import json
 import logging
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -155,6 +156,48 @@ def test_a_resumed_folder_goes_on_in_the_same_run(run: Path) -> None:
     files = [path.name for path in run.glob("wandb/offline-run-*/*.wandb")]
     assert len(files) == 2
     assert len(set(files)) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"  \n", b"a/b", b"\xff\x00", b"x" * 200, b"two\nlines"])
+def test_a_damaged_id_is_replaced_with_one_warning(run: Path, content: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    run.mkdir(exist_ok=True)
+    (run / "wandb_id").write_bytes(content)
+    first = tracking._run_id(run)
+    assert tracking.VALID_ID.fullmatch(first) and (run / "wandb_id").read_text() == f"{first}\n"
+    assert tracking._run_id(run) == first
+    assert [r.levelname for r in caplog.records] == ["WARNING"] and "wandb_id" in caplog.text
+    assert [path.name for path in run.iterdir()] == ["wandb_id"]
+
+
+def in_wandb_files(run: Path) -> dict[str, bool]:
+    """What W&B's own record says of the machine and the command."""
+    (file,) = run.glob("wandb/offline-run-*/*.wandb")
+    written(run)
+    content = file.read_bytes()
+    secrets = {"host": socket.gethostname(), "program": Path(sys.argv[0]).name, "python": sys.executable}
+    found = {name: value.encode() in content for name, value in secrets.items()}
+    environments = [r.environment for r in wandb_file.records(file) if r.WhichOneof("record_type") == "environment"]
+    hosts = {r.run.host for r in wandb_file.records(file) if r.WhichOneof("record_type") == "run"}
+    found["host"] |= socket.gethostname() in hosts
+    return found | {"arguments": any(list(e.args) for e in environments), "described": bool(environments)}
+
+
+@pytest.mark.parametrize("identify", [False, True])
+def test_who_and_where_is_recorded_only_if_asked_for(
+    run: Path, identify: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: "a-machine-of-mine")
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:1], "--word=given-on-the-command-line"])
+    tracker = Tracking("offline", identify=identify).start(run, {"budget": 8}, "name")
+    tracker.log_sample(RECORD)
+    tracker.finish(METRICS, [RECORD])
+    found = in_wandb_files(run)
+    if identify:
+        assert found["host"] and found["arguments"] and found["described"]
+    else:
+        assert not any(found.values())
+    kept = [path for path in run.rglob("files/*") if path.is_file()]
+    assert identify or not any(b"given-on-the-command-line" in path.read_bytes() for path in kept)
 
 
 def test_two_runs_at_once_do_not_mix(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -24,19 +25,25 @@ class Peer:
     """
 
     def __init__(self, interpreter: str, model: str) -> None:
-        if not Path(interpreter).exists():
-            raise InputError(f"peer_python={interpreter}: no such file; `make bench-peers` builds that environment")
-        self.process = subprocess.Popen(
-            [interpreter, str(WORKER), model], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        remedy = "valid: a Python interpreter; `make bench-peers` builds that environment"
+        try:
+            self.process = subprocess.Popen(
+                [interpreter, str(WORKER), model], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+        except FileNotFoundError:
+            raise InputError(f"peer_python={interpreter}: no such file; {remedy}") from None
+        except (OSError, ValueError) as error:  # a folder, no right to run it, no program, no name at all
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"peer_python={interpreter}: cannot be run ({reason}); {remedy}") from None
         self._answer()
 
     def cell(self, ids: list[int], press: str, budget: int | None, new_tokens: int) -> float:
         """Seconds of one cell."""
         assert self.process.stdin is not None
         request = {"ids": ids, "press": press, "budget": budget, "new_tokens": new_tokens}
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended: the missing answer says so
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
         return float(self._answer()["seconds"])
 
     def _answer(self) -> dict[str, Any]:
@@ -44,7 +51,10 @@ class Peer:
         line = self.process.stdout.readline()
         if not line:
             raise InputError("peer_python: the kvpress process ended; its own message is above")
-        return dict(json.loads(line))
+        try:
+            return dict(json.loads(line))
+        except (ValueError, TypeError):
+            raise InputError(f"peer_python: not the kvpress process, it says {line.strip()[:60]!r}") from None
 
     def close(self) -> None:
         self.process.terminate()

@@ -45,6 +45,32 @@ class Row:
         value = (self.run.metrics.get("memory") or {}).get(name)
         return float(value) if isinstance(value, int | float) else None
 
+    @property
+    def bookkeeping(self) -> float:
+        """Bytes of positions and of the policy's own state, per sample."""
+        return self.memory("bookkeeping_bytes_mean") or 0.0
+
+    @property
+    def total_bytes(self) -> float | None:
+        """Entries after the prompt and bookkeeping, wherever they lie, per sample."""
+        entries = self.memory("kv_bytes_mean")
+        return None if entries is None else entries + self.bookkeeping
+
+    @property
+    def device_bytes(self) -> float | None:
+        """The part of the total on the device: all of it, unless the policy holds something in host memory."""
+        entries = self.memory("kv_bytes_device_mean")
+        return self.total_bytes if entries is None else entries + self.bookkeeping
+
+    def share(self, size: float | None) -> float | None:
+        """Of the bytes of the full cache's entries, on the same samples."""
+        full = self.memory("kv_bytes_full_mean")
+        return size / full if size is not None and full else None
+
+    @property
+    def total_share(self) -> float | None:
+        return self.share(self.total_bytes)
+
 
 @dataclass(frozen=True)
 class Analysis:

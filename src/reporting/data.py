@@ -46,6 +46,10 @@ class Study:
     def budgets(self) -> list[int | float]:
         return list(dict.fromkeys(run.budget for run in self.runs if not run.full and run.budget is not None))
 
+    def shown(self, label: str) -> str:
+        """A policy's label as people see it."""
+        return next((run.shown for run in self.runs if run.label == label), label)
+
     def column(self, label: str, budget: int | float | None) -> int | None:
         matches = (i for i, r in enumerate(self.runs) if r.label == label and r.budget == budget and not r.full)
         return next(matches, None)
@@ -144,7 +148,7 @@ def _choose_baseline(runs: Sequence[Run], wanted: str | None) -> str | None:
     labels = list(dict.fromkeys(r.label for r in runs if not r.full))
     if wanted is None:
         return "snapkv" if "snapkv" in labels else None
-    named = list(dict.fromkeys(r.label for r in runs if r.policy == wanted and not r.full))
+    named = list(dict.fromkeys(r.label for r in runs if wanted in (r.policy, r.shown) and not r.full))
     if wanted in labels:
         return wanted
     if len(named) == 1:

@@ -9,6 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from evals.visible import shortened
+
 INK = "#010203"  # text and lines; becomes the page's own text colour in inline SVG
 LOOK: Any = {  # for matplotlib.rc_context while figures are drawn; names are never formulas
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
@@ -69,5 +71,5 @@ def plain_axes(axes: Axes, grid: Literal["x", "y"] = "y") -> None:
 
 
 def plain_text(label: str) -> str:
-    """matplotlib leaves names that begin with an underscore out of legends."""
-    return label.lstrip("_")
+    """A name that fits a picture; matplotlib leaves those that begin with an underscore out of legends."""
+    return shortened(label.lstrip("_"))

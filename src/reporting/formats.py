@@ -3,12 +3,14 @@
 import csv
 import io
 import math
+import re
 from dataclasses import dataclass
 
 from rich import box
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from evals.visible import csv_cell, visible
 from src.statistics import Interval
 
 Value = float | int | str | None
@@ -61,21 +63,24 @@ def markdown(table: Table) -> str:
 
 
 def comma_separated(table: Table) -> str:
-    """Numbers at full precision; an interval becomes two more columns, `<name> low` and `<name> high`."""
+    """Numbers at full precision; an interval becomes two more columns, `<name> low` and `<name> high`.
+
+    Text that a spreadsheet would run as a formula begins with an apostrophe.
+    """
     wide = [any(row[i].bounds for row in table.rows) for i in range(len(table.columns))]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     header: list[str] = []
     for column, bounds in zip(table.columns, wide, strict=True):
         name = column.key or column.name
-        header += [name, *([f"{name} low", f"{name} high"] if bounds else [])]
+        header += [csv_cell(text) for text in (name, *([f"{name} low", f"{name} high"] if bounds else []))]
     writer.writerow(header)
     for row in table.rows:
         line: list[Value] = []
         for cell, column, bounds in zip(row, table.columns, wide, strict=True):
             low, high = cell.bounds or (None, None)
             raw = cell.value if column.number else cell.raw
-            line += [_finite(raw), *([_finite(low), _finite(high)] if bounds else [])]
+            line += [csv_cell(_finite(raw)), *([_finite(low), _finite(high)] if bounds else [])]
         writer.writerow(line)
     return out.getvalue()
 
@@ -101,7 +106,9 @@ def latex(table: Table) -> str:
         if i in table.breaks and i:
             lines.append("    \\midrule")
         cells = [f"\\textbf{{{_tex(c.text)}}}" if c.bold else _tex(c.text) for c in row]
-        lines.append(f"    {' & '.join(cells)} \\\\")
+        line = " & ".join(cells)
+        guard = "{}" if line.startswith(("[", "*")) else ""  # or the line break before would take it for its own
+        lines.append(f"    {guard}{line} \\\\")
     lines += ["    \\bottomrule", "  \\end{tabular}", "\\end{table}"]
     return "\n".join(lines) + "\n"
 
@@ -109,8 +116,8 @@ def latex(table: Table) -> str:
 def terminal(table: Table) -> RichTable:
     """For rich; what comes from outside is plain text there, never markup."""
     rich = RichTable(
-        title=Text(table.title, style="bold"),
-        caption=Text(table.note) if table.note else None,
+        title=Text(visible(table.title), style="bold"),
+        caption=Text(visible(table.note)) if table.note else None,
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
@@ -118,12 +125,12 @@ def terminal(table: Table) -> RichTable:
     shown = [i for i, column in enumerate(table.columns) if not column.detail]
     for i in shown:
         column = table.columns[i]
-        head = Text(column.name + (f"\n{column.note}" if column.note else ""))
+        head = Text(visible(column.name) + (f"\n{visible(column.note)}" if column.note else ""))
         rich.add_column(head, justify="right" if column.number else "left")
     for line, row in enumerate(table.rows):
         if line in table.breaks and line:
             rich.add_section()
-        rich.add_row(*(Text(row[i].text, style="bold green" if row[i].bold else "") for i in shown))
+        rich.add_row(*(Text(visible(row[i].text), style="bold green" if row[i].bold else "") for i in shown))
     return rich
 
 
@@ -132,9 +139,10 @@ def _finite(value: Value) -> Value:
 
 
 def _md(text: str) -> str:
-    for mark in "\\|*_`<>[]":
-        text = text.replace(mark, f"\\{mark}")
-    return " ".join(text.split())
+    """Backslashes are not enough where GitHub reads the text once more, for @user, #1 and links: an empty comment
+    parts those."""
+    text = re.sub(r"([\\|*_`<>\[\]$&~#@])", r"\\\1", visible(" ".join(text.split())))
+    return re.sub(r"(?<=[#@])(?=\S)|(?<=:)(?=//)|(?<=www)(?=\.)", "<!-- -->", text)
 
 
 TEX = {
@@ -155,11 +163,12 @@ TEX = {
     "†": r"$^\dagger$",
     "Δ": r"$\Delta$",
     "×": r"$\times$",
+    "|": r"\textbar{}",
 }
 
 
 def _tex(text: str) -> str:
-    return " ".join("".join(TEX.get(letter, letter) for letter in text).split())
+    return "".join(TEX.get(letter, letter) for letter in visible(" ".join(text.split())))
 
 
 # --- numbers for people ---

@@ -3,9 +3,10 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from html import escape
+from html import escape as html_escape
 from typing import Any
 
+from evals.visible import visible
 from src.reporting.analysis import Analysis
 from src.reporting.assets import SCRIPT, STYLE
 from src.reporting.formats import Table, comma_separated, latex, markdown, number
@@ -20,8 +21,8 @@ CAPTIONS = {
     "below before believing an order: pairing removes the spread that all policies share.",
     "differences": "Paired differences of the average score with 95 % intervals, on the samples that both "
     "sides have. Filled: clear after Holm correction (p < 0.05); hollow: within chance.",
-    "score_vs_bytes": "Every run by the memory of its cache. The line joins the runs that nothing cheaper "
-    "beats, with their budgets.",
+    "score_vs_bytes": "Every run by the memory of its cache, bookkeeping included. The line joins the runs "
+    "that nothing cheaper beats, with their budgets.",
     "fidelity_vs_budget": "How far the next-token distribution moves away from the full cache's on the "
     "reference answer: less noisy than scores.",
     "kept_over_time": "One sample: output tokens read, from left to right, against positions in the text, upwards; "
@@ -29,6 +30,11 @@ CAPTIONS = {
     "retention": "Share of the prompt's positions that are kept, by layer and place in the prompt, mean over "
     "KV heads and up to 96 samples. The scale is stretched at its lower end, and the same in all panels.",
 }
+
+
+def escape(text: str) -> str:
+    """For HTML; line breaks of a model's answer stay, all else that nobody would see is shown."""
+    return html_escape(visible(text, keep="\n\t"))
 
 
 def page(
@@ -89,7 +95,7 @@ def page(
 
 
 def _subtitle(analysis: Analysis) -> str:
-    policies = ", ".join(analysis.study.labels) or "no budgeted policy"
+    policies = ", ".join(map(analysis.study.shown, analysis.study.labels)) or "no budgeted policy"
     return f"{policies} · budgets {', '.join(show_budget(b) for b in analysis.study.budgets) or '–'}"
 
 
@@ -177,7 +183,7 @@ def _sample(analysis: Analysis, sample: Contrast, opened: bool) -> str:
 def _answer(answer: Answer) -> str:
     budgets: dict[str, list[str]] = {}
     for run in answer.runs:
-        budgets.setdefault(run.label, []).extend([] if run.full else [show_budget(run.budget)])
+        budgets.setdefault(run.shown, []).extend([] if run.full else [show_budget(run.budget)])
     who = "<br>".join(f"<b>{escape(name)}</b> {escape(', '.join(at))}" for name, at in budgets.items())
     text = f"failed: {answer.error}" if answer.error else answer.text
     said = escape(_cut(text)) if text.strip() else '<span class="soft">(nothing)</span>'
@@ -195,7 +201,7 @@ def _notes(analysis: Analysis) -> str:
         rows = [row for row in analysis.rows if row.run.label == label]
         lines = "".join(f"<p>{escape(line)}</p>" for line in notes(rows))
         if lines:
-            parts.append(f"<dt>{escape(label)}</dt><dd>{lines}</dd>")
+            parts.append(f"<dt>{escape(rows[0].run.shown)}</dt><dd>{lines}</dd>")
     return f'<dl class="notes">{"".join(parts)}</dl>' if parts else ""
 
 

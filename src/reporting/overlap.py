@@ -17,12 +17,16 @@ def overlap_table(analysis: Analysis) -> Table | None:
     for row in _with(analysis, kept):
         alike = {other.run.label: other for other in _with(analysis, kept) if other.run.budget == row.run.budget}
         cells = [_shared(kept, known, row, alike.get(label)) for label in labels]
-        rows.append((Cell(row.run.label), Cell(f"{row.run.budget:g}", row.run.budget), *cells))
+        rows.append((Cell(row.run.shown), Cell(f"{row.run.budget:g}", row.run.budget), *cells))
     for file in kept.values():
         file.close()
     if len(labels) < 2:
         return None
-    columns = (POLICY, BUDGET, *(Column(label, "% in common", key=f"overlap with {label}") for label in labels))
+    columns = (
+        POLICY,
+        BUDGET,
+        *(Column(name, "% in common", key=f"overlap with {name}") for name in map(analysis.study.shown, labels)),
+    )
     note = (
         "Positions that both keep / positions that either keeps, after the prompt; every sample, layer and head weighs "
         "the same. Forced windows count: two policies that keep the last half of their budget share that half."

@@ -9,30 +9,29 @@ from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
-from numpy.typing import NDArray
 
 from src.reporting.analysis import Analysis, Row
 from src.reporting.figures import COLOURS, INK, LOOK, new_figure, plain_axes, plain_text, series_style
 from src.reporting.runs import budget_order, show_budget
-from src.reporting.samples import MAP_SAMPLES
+from src.reporting.samples import KeptMap
 from src.statistics import Interval
 
 RATIO_MAP = "cividis"  # its lightness rises evenly: the same order in print without colour
 Pick = Callable[[Row], Interval | None]
 
 
-def make_figures(analysis: Analysis, retention: dict[int, NDArray[np.float64]] | None = None) -> dict[str, Figure]:
-    """Those that these runs can fill, by name. `retention`: column of a run -> (layers, bins) share kept."""
+def make_figures(analysis: Analysis, retention: dict[int, KeptMap] | None = None) -> dict[str, Figure]:
+    """Those that these runs can fill, by name. `retention`: column of a run -> what it kept."""
     with matplotlib.rc_context(LOOK):
         return _figures(analysis, retention or {})
 
 
-def _figures(analysis: Analysis, retention: dict[int, NDArray[np.float64]]) -> dict[str, Figure]:
+def _figures(analysis: Analysis, retention: dict[int, KeptMap]) -> dict[str, Figure]:
     figures = {}
     if analysis.budgeted:
         if analysis.study.budgets:  # a policy may do without
             figures["score_vs_budget"] = score_vs_budget(analysis)
-        if sum(row.memory("kv_bytes_mean") is not None for row in analysis.rows) > 1:
+        if sum(row.total_bytes is not None for row in analysis.rows) > 1:
             figures["score_vs_bytes"] = score_vs_bytes(analysis)
         if any(row.full or row.baseline for row in analysis.rows):
             figures["differences"] = differences(analysis)
@@ -47,7 +46,7 @@ def score_vs_budget(analysis: Analysis) -> Figure:
     return _budget_curves(
         analysis,
         [("average score (0 to 100)", lambda row: row.average)],
-        f"Score versus budget: {_samples(analysis)}",
+        f"Score versus budget: {_samples(analysis, analysis.rows)}",
     )
 
 
@@ -59,7 +58,7 @@ def fidelity_vs_budget(analysis: Analysis) -> Figure:
         for name, label in labels.items()
         if any(name in row.fidelity for row in analysis.budgeted)
     ]
-    n = max(i.n for row in analysis.rows for i in row.fidelity.values())
+    n = _range([i.n for row in analysis.rows for i in row.fidelity.values()])
     return _budget_curves(analysis, picks, f"Fidelity versus budget: n = {n} samples, lower is better")
 
 
@@ -90,7 +89,8 @@ def _budget_curves(analysis: Analysis, picks: Sequence[tuple[str, Pick]], title:
         plain_axes(axes)
     figure.suptitle(f"{title}; bands: 95 % intervals", fontsize=10, x=0.01, ha="left")
     names = sorted(drawn, key=lambda name: name != "full cache")
-    handles, texts = [drawn[name] for name in names], [plain_text(name) for name in names]
+    handles = [drawn[name] for name in names]
+    texts = [plain_text(analysis.study.shown(name)) for name in names]
     figure.legend(handles, texts, loc="outside right center", frameon=False, handlelength=3.4)
     return figure
 
@@ -101,7 +101,8 @@ def _curve(axes: Axes, points: Sequence[tuple[float | int, Interval]], i: int) -
     (line,) = axes.plot(x, [p.estimate for _, p in points], color=color, **series_style(i))
     axes.fill_between(x, [p.low for _, p in points], [p.high for _, p in points], color=color, alpha=0.15, linewidth=0)
     if len(points) == 1:
-        bar = [[points[0][1].estimate - points[0][1].low], [points[0][1].high - points[0][1].estimate]]
+        only = points[0][1]
+        bar = [[max(only.estimate - only.low, 0)], [max(only.high - only.estimate, 0)]]  # equal scores: rounding
         axes.errorbar(x, [points[0][1].estimate], yerr=bar, color=color, capsize=3, linewidth=1)
     return line
 
@@ -111,17 +112,25 @@ def score_vs_bytes(analysis: Analysis) -> Figure:
     figure = new_figure(9.0, 4.2)
     axes = figure.subplots()
     apart = any(row.memory("kv_bytes_device_mean") is not None for row in analysis.rows)
-    points = [(row.memory("kv_bytes_device_mean") or row.memory("kv_bytes_mean"), row) for row in analysis.rows]
-    placed = [(x / 2**20, row) for x, row in points if x and not np.isnan(row.average.estimate)]
+    placed = [
+        (x / 2**20, row) for row in analysis.rows if (x := row.device_bytes) and not np.isnan(row.average.estimate)
+    ]
     if analysis.full:
         band = analysis.full.average
         axes.axhspan(band.low, band.high, color=INK, alpha=0.08, linewidth=0)
     names = [*analysis.study.labels]
     for i, name in enumerate(names):
+        shown = analysis.study.shown(name)
         own = [(x, row.average) for x, row in placed if row.run.label == name and not row.run.full]
         if own:
             style = {**series_style(i), "linestyle": "none"}
-            axes.plot([x for x, _ in own], [a.estimate for _, a in own], color=COLOURS[i % 8], label=name, **style)
+            axes.plot(
+                [x for x, _ in own],
+                [a.estimate for _, a in own],
+                color=COLOURS[i % 8],
+                label=plain_text(shown),
+                **style,
+            )
     for x, row in placed:
         if row.run.full:
             axes.plot(x, row.average.estimate, "*", color=INK, markersize=13, label="full cache")
@@ -143,10 +152,10 @@ def score_vs_bytes(analysis: Analysis) -> Figure:
             )
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    where = " on the device, without codebooks" if apart else ""
-    axes.set_xlabel(f"KV cache{where} after the prompt (MiB, mean over samples)")
+    where = " on the device, without codebooks," if apart else ""
+    axes.set_xlabel(f"KV cache{where} after the prompt, with bookkeeping (MiB, mean over samples)")
     axes.set_ylabel("average score (0 to 100)")
-    title = f"Score versus bytes: {_samples(analysis)}; grey: full cache's 95 % interval"
+    title = f"Score versus bytes: {_samples(analysis, [row for _, row in placed])}; grey: full cache's 95 % interval"
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     plain_axes(axes)
     figure.legend(loc="outside right center", frameon=False)
@@ -162,7 +171,7 @@ def differences(analysis: Analysis) -> Figure:
     for i, row in enumerate(rows):
         place += 1.0 if i and rows[i - 1].run.budget == row.run.budget else 1.8
         places.append(-place)
-        labels.append(f"{plain_text(row.run.label)}  {show_budget(row.run.budget):>5}")
+        labels.append(f"{plain_text(row.run.shown)}  {show_budget(row.run.budget):>5}")
     figure = new_figure(3.4 * len(panels) + 2.2, 0.21 * place + 1.1)
     for axes, (name, found) in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels, strict=True):
         axes.axvline(0, color=INK, linewidth=1)
@@ -179,12 +188,13 @@ def differences(analysis: Analysis) -> Figure:
             }
             axes.plot(interval.estimate, places[i], color=color, **style)
         axes.set_yticks(places, labels)
-        axes.set_xlabel(f"difference to {plain_text(str(name))} (points of the average score)")
+        axes.set_xlabel(f"difference to {plain_text(study.shown(str(name)))} (points of the average score)")
         axes.xaxis.set_major_locator(MaxNLocator(6))
         plain_axes(axes, grid="x")
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
-    title = f"Paired differences: {_samples(analysis)}; 95 % intervals"
+    pairs = [d.interval.n for _, found in panels for d in found if d]
+    title = f"Paired differences: n = {_range(pairs)} samples of {_tasks(analysis)}; 95 % intervals"
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     return figure
 
@@ -201,7 +211,7 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
     return front
 
 
-def retention_maps(analysis: Analysis, maps: dict[int, NDArray[np.float64]]) -> Figure:
+def retention_maps(analysis: Analysis, maps: dict[int, KeptMap]) -> Figure:
     """Policies beside each other, a row per budget; a panel is layers by relative position in the prompt."""
     labels = [n for n in analysis.study.labels if any(analysis.rows[i].run.label == n for i in maps)]
     budgets = [b for b in analysis.study.budgets if any(analysis.rows[i].run.budget == b for i in maps)]
@@ -217,7 +227,7 @@ def retention_maps(analysis: Analysis, maps: dict[int, NDArray[np.float64]]) -> 
         for place, label in enumerate(row):
             axes, column = grid[line][place], analysis.study.column(label, budget)
             if line % len(budgets) == 0:
-                axes.set_title(plain_text(label).replace(" ", "\n", 1), fontsize=9)
+                axes.set_title(plain_text(analysis.study.shown(label)).replace(" ", "\n", 1), fontsize=9)
             if place == 0:
                 axes.set_ylabel(f"budget {show_budget(budget)}\nlayer", fontsize=9)
             axes.tick_params(labelsize=8)
@@ -226,7 +236,7 @@ def retention_maps(analysis: Analysis, maps: dict[int, NDArray[np.float64]]) -> 
             if column is None or column not in maps:
                 axes.text(0.5, 0.5, "not recorded", ha="center", transform=axes.transAxes, color=INK, fontsize=8)
                 continue
-            shown = 100 * maps[column]
+            shown = 100 * maps[column].shares
             image = axes.imshow(
                 shown,
                 aspect="auto",
@@ -236,8 +246,8 @@ def retention_maps(analysis: Analysis, maps: dict[int, NDArray[np.float64]]) -> 
                 norm=PowerNorm(0.5, vmin=0, vmax=100),
                 interpolation="nearest",
             )
-    used = min(MAP_SAMPLES, len(analysis.study.keys))
-    title = f"Positions kept after the prompt: n = {used} samples (fewer where some failed), mean over KV heads"
+    drawn = _range([found.n for found in maps.values()])
+    title = f"Positions kept after the prompt: n = {drawn} samples, mean over KV heads"
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     figure.supxlabel("relative position in the prompt (0 = first token, 1 = last)", fontsize=9)
     if image is not None:
@@ -246,6 +256,17 @@ def retention_maps(analysis: Analysis, maps: dict[int, NDArray[np.float64]]) -> 
     return figure
 
 
-def _samples(analysis: Analysis) -> str:
-    n, tasks = analysis.study.scored, len(analysis.study.tasks)
-    return f"n = {n} samples of {tasks} task{'s' if tasks > 1 else ''}"
+def _samples(analysis: Analysis, rows: Sequence[Row]) -> str:
+    """How many samples stand behind each of the averages that are drawn."""
+    return f"n = {_range([row.average.n for row in rows])} samples of {_tasks(analysis)}"
+
+
+def _tasks(analysis: Analysis) -> str:
+    tasks = len(analysis.study.tasks)
+    return f"{tasks} task{'s' if tasks > 1 else ''}"
+
+
+def _range(counts: Sequence[int]) -> str:
+    """One number where all are equal: 96, or 90 to 96."""
+    low, high = min(counts, default=0), max(counts, default=0)
+    return str(high) if low == high else f"{low} to {high}"

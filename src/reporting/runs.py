@@ -9,7 +9,9 @@ from typing import Any
 
 import yaml
 
+from evals.visible import visible
 from src.errors import InputError
+from src.reporting.marks import MARK, reconstruction
 from src.reporting.stored import (
     AGAIN,
     disagreement,
@@ -52,6 +54,7 @@ class Run:
     environment: dict[str, Any]
     records: dict[Key, dict[str, Any]] = field(repr=False)
     label: str = ""
+    reconstruction: str = ""  # where the policy's formulas come from, if it is one
     notes: tuple[str, ...] = ()  # what is wrong with its files, for the reader of the report
     unchecked: bool = False  # from before files carried check values
 
@@ -67,8 +70,14 @@ class Run:
         return {k: v for k, v in flat(policy).items() if k not in ("name", "_target_")}
 
     @property
+    def shown(self) -> str:
+        """The label for people: `ahakv (our reconstruction) score_pool=7`."""
+        name = visible(self.policy)
+        return f"{name} {MARK}{self.label.removeprefix(name)}" if self.reconstruction else self.label
+
+    @property
     def cell(self) -> str:
-        return self.label if self.full or self.budget is None else f"{self.label} at {show_budget(self.budget)}"
+        return self.shown if self.full or self.budget is None else f"{self.shown} at {show_budget(self.budget)}"
 
 
 def find_runs(folders: Sequence[Path]) -> tuple[list[Path], list[str]]:
@@ -107,13 +116,14 @@ def load_run(folder: Path) -> Run:
         folder,
         stored["policy"],
         stored.get("budget"),
-        stored["model"],
+        visible(stored["model"]),
         metrics,
         settings,
         environment,
         {(r["task"], r["id"], r["prompt_hash"]): r for r in records},
         notes=tuple(notes),
         unchecked=not checked and lines.before,
+        reconstruction=reconstruction(stored, settings),
     )
 
 
@@ -153,7 +163,7 @@ def label_runs(runs: Sequence[Run]) -> list[Run]:
         if "decode_budget" in run.options and "decode_budget" not in shown:
             shown.append("decode_budget")  # `budget` is the sum, which does not say how it is split
         words = [run.policy, *(f"{k}={_short(run.options[k])}" for k in shown)]
-        labelled.append(replace(run, label=" ".join(words if not run.full else words[:1])))
+        labelled.append(replace(run, label=visible(" ".join(words if not run.full else words[:1]))))
     return _tell_apart(labelled)
 
 
@@ -171,13 +181,13 @@ def _tell_apart(runs: list[Run]) -> list[Run]:
         names = sorted({k for s in settings for k in s if any(o.get(k) != s[k] for o in settings)})
         for i, s in zip(members, settings, strict=True):
             words = [runs[i].label, *(f"{k}={_plain(s.get(k))}" for k in names)]
-            runs[i] = replace(runs[i], label=" ".join(words))
+            runs[i] = replace(runs[i], label=visible(" ".join(words)))
     return runs
 
 
 def cell_columns(run: Run) -> dict[str, Any]:
     """The columns that say which cell a table's row is about."""
-    options = run.label.removeprefix(run.policy).strip()
+    options = run.label.removeprefix(visible(run.policy)).strip()
     return {"model": run.model, "policy": run.policy, "options": options, "budget": None if run.full else run.budget}
 
 

@@ -73,14 +73,22 @@ def _contrast(study: Study, row: int) -> Contrast:
     return Contrast(key, expected, first.get("prompt_tokens"), low, high, tuple(answers))
 
 
-def retention_maps(study: Study) -> tuple[dict[int, NDArray[np.float64]], list[str]]:
-    """Per run (layers, 64) share of each part's positions that a head kept after the prompt, and warnings.
+@dataclass(frozen=True)
+class KeptMap:
+    """Of each part of the prompt, the share of its positions that a head kept: `(layers, 64)`, over n samples."""
+
+    shares: NDArray[np.float64]
+    n: int
+
+
+def retention_maps(study: Study) -> tuple[dict[int, KeptMap], list[str]]:
+    """What every run kept after the prompt, and warnings.
 
     The same samples for every run where it has them, spread evenly over the sorted samples.
     """
     picks = np.linspace(0, len(study.keys) - 1, min(MAP_SAMPLES, len(study.keys))).round().astype(int)
     wanted = [study.keys[i] for i in dict.fromkeys(picks.tolist())]
-    maps: dict[int, NDArray[np.float64]] = {}
+    maps: dict[int, KeptMap] = {}
     warnings: list[str] = []
     for column, run in enumerate(study.runs):
         if run.full or run.budget is None or not (run.folder / "retention.npz").exists():
@@ -96,5 +104,5 @@ def retention_maps(study: Study) -> tuple[dict[int, NDArray[np.float64]], list[s
             warnings.append(f"No retention map of {run.cell}: {error}")
             continue
         if found:
-            maps[column] = np.mean(found, axis=(0, 2))
+            maps[column] = KeptMap(np.mean(found, axis=(0, 2)), len(found))
     return maps, warnings

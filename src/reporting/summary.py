@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from evals.visible import one_line
 from src.reporting.analysis import Analysis, Row
 from src.reporting.formats import between, number, p_value, signed
 from src.reporting.runs import show_budget
@@ -20,10 +21,13 @@ def headline(analysis: Analysis) -> list[tuple[str, str, str]]:
     if full:
         tiles.append(("Full cache", number(full.average.estimate), _ci(full)))
     if best:
-        tiles.append((f"Best budgeted: {best.run.cell}", number(best.average.estimate), _ci(best)))
-        ratio = best.memory("ratio")
-        if ratio is not None:
-            tiles.append(("Its cache memory", f"{100 * ratio:.1f} %", "of the full cache's bytes"))
+        tied = _tied(analysis.budgeted, best)
+        best = min(tied, key=lambda row: row.total_share or np.inf)
+        among = f", the smallest of {len(tied)} equal" if len(tied) > 1 else ""
+        tiles.append((f"Best budgeted: {best.run.cell}{among}", number(best.average.estimate), _ci(best)))
+        if best.total_share is not None:
+            small = "of the full cache's bytes, with bookkeeping"
+            tiles.append(("Its cache memory", f"{100 * best.total_share:.1f} %", small))
     study = analysis.study
     tiles.append(("Evidence", f"{study.scored:,} samples", f"{_count(len(study.tasks), 'task')}, paired"))
     return tiles
@@ -55,27 +59,44 @@ def _at_budget(analysis: Analysis, budget: Any) -> str:
     best = analysis.best(rows)
     if best is None:
         return ""
-    ratio = best.memory("ratio")
-    share = f" ({100 * ratio:.1f} % of the full cache's bytes)" if ratio is not None else ""
-    top = best.average.estimate
-    tied = [r.run.label for r in rows if not r.odd and abs(r.average.estimate - top) < 1e-9]
+    tied = _tied(rows, best)
     lead = "there is" if len(rows) == 1 else "the best is" if len(tied) == 1 else "the best are equally"
-    line = f"At budget {show_budget(budget)}{share} {lead} {_and(tied)} with {number(top)}"
-    if best.full:
-        change = best.full.interval
-        verdict = "a clear difference" if best.full.clear else "not a clear difference"
-        line += (
-            f", {signed(change.estimate)} against the full cache{_range(change)}, {verdict} "
-            f"(p = {p_value(best.full.p_holm)})".replace("p = <", "p < ")
-        )
-    return line + "."
+    names = _and([row.run.shown + (_share(row) if len(tied) == 1 else "") for row in tied])
+    line = f"At budget {show_budget(budget)} {lead} {names} with {number(best.average.estimate)}"
+    if len(tied) == 1:
+        return f"{line}{_loss(best)}."
+    return f"{line}: {'; '.join(f'{row.run.shown}{_share(row)}{_loss(row)}' for row in tied)}."
+
+
+def _tied(rows: list[Row], best: Row) -> list[Row]:
+    """The rows that share the best average; each has bytes and an interval of its own."""
+    return [r for r in rows if not r.odd and abs(r.average.estimate - best.average.estimate) < 1e-9]
+
+
+def _share(row: Row) -> str:
+    """Entries and bookkeeping, in brackets."""
+    total, entries = row.total_share, row.share(row.memory("kv_bytes_mean"))
+    if total is None or entries is None:
+        return ""
+    return f" ({100 * total:.1f} % of the full cache's bytes, {100 * (total - entries):.1f} of them bookkeeping)"
+
+
+def _loss(row: Row) -> str:
+    if not row.full:
+        return ""
+    change = row.full.interval
+    verdict = "a clear difference" if row.full.clear else "not a clear difference"
+    return (
+        f", {signed(change.estimate)} against the full cache{_range(change)}, {verdict} "
+        f"(p = {p_value(row.full.p_holm)})".replace("p = <", "p < ")
+    )
 
 
 def _against_baseline(analysis: Analysis) -> list[str]:
     compared = [row for row in analysis.budgeted if row.baseline]
     if not compared:
         return []
-    name = analysis.study.baseline
+    name = analysis.study.shown(str(analysis.study.baseline))
     better, worse = ([r for r in compared if r.baseline and r.baseline.clear and _sign(r) == s] for s in (1, -1))
     if not better and not worse:
         return [f"No policy differs clearly from {name} at any budget (Holm-corrected p < 0.05)."]
@@ -95,7 +116,7 @@ def _cells(rows: list[Row]) -> str:
     """snapkv at 64 and 128; h2o at 64"""
     budgets: dict[str, list[str]] = {}
     for row in rows:
-        budgets.setdefault(row.run.label, []).append(show_budget(row.run.budget))
+        budgets.setdefault(row.run.shown, []).append(show_budget(row.run.budget))
     return "; ".join(f"{name} at {_and(values)}" for name, values in budgets.items())
 
 
@@ -107,12 +128,17 @@ def _no_clear_loss(analysis: Analysis) -> list[str]:
         return ["Too few samples to judge any loss against the full cache."] if analysis.full else []
     if not kept:
         return ["Every policy loses clearly against the full cache at every budget tried."]
-    ratio = [(row.memory("ratio") or np.inf, -row.average.estimate) for row in kept]
-    smallest = kept[min(range(len(kept)), key=ratio.__getitem__)]
-    assert smallest.full is not None
-    hidden = -smallest.full.interval.low
-    allowed = f"its interval still allows a loss of {number(hidden)} points" if hidden > 0 else "it scores higher"
-    return [f"The smallest cache without a clear loss is {smallest.run.cell} ({allowed})."]
+    size = {id(row): (row.total_share or np.inf, -row.average.estimate) for row in kept}
+    smallest = [row for row in kept if size[id(row)] == min(size.values())]
+    lead = (
+        "The smallest cache without a clear loss is" if len(smallest) == 1 else "Without a clear loss, equally small:"
+    )
+    return [f"{lead} {_and([f'{row.run.cell} ({_hidden(row)})' for row in smallest], '; ')}."]
+
+
+def _hidden(row: Row) -> str:
+    hidden = -row.full.interval.low if row.full else 0.0
+    return f"its interval still allows a loss of {number(hidden)} points" if hidden > 0 else "it scores higher"
 
 
 def _largest_loss(analysis: Analysis) -> list[str]:
@@ -130,9 +156,11 @@ def _largest_loss(analysis: Analysis) -> list[str]:
     drop, task, mean, row = max(drops, key=lambda found: found[0])
     if drop <= 0:
         return ["No task loses against the full cache under any policy."]
+    alike = sum(abs(other[0] - drop) < 1e-9 for other in drops) - 1
+    more = f" (one of {alike + 1} losses as large)" if alike else ""
     return [
         f"The largest loss on one task: {task} falls from {number(full.tasks[task][0])} to {number(mean)} "
-        f"under {row.run.cell}."
+        f"under {row.run.cell}{more}."
     ]
 
 
@@ -172,6 +200,8 @@ def notes(rows: list[Row]) -> list[str]:
 
 def _notes(row: Row) -> list[tuple[str, str]]:
     run, found = row.run, []
+    if run.reconstruction:
+        found.append((f"Our reconstruction: {one_line(run.reconstruction)}", ""))
     records = [r for r in run.records.values() if not r.get("error")]
     of = f"of {len(records)}"
     peak, after = row.memory("kv_bytes_peak_mean"), row.memory("kv_bytes_mean")
@@ -186,7 +216,7 @@ def _notes(row: Row) -> list[tuple[str, str]]:
         found.append(("The prompt fitted the budget, so that nothing was evicted, in", f"{whole} {of} samples"))
     extra = row.memory("bookkeeping_bytes_mean")
     if extra and after and extra > 0.01 * after:
-        found.append(("Bookkeeping besides, in % of the cache's bytes", f"{100 * extra / after:.1f} %"))
+        found.append(("Bookkeeping besides, in % of the entries' bytes", f"{100 * extra / after:.1f} %"))
     if run.options and not run.full:
         options = ", ".join(f"{k}={v}" for k, v in sorted(run.options.items()))
         found.append(("Options", options))
@@ -213,5 +243,5 @@ def _count(n: int, noun: str, many: str = "") -> str:
     return f"{n:,} {noun if n == 1 else many or noun + 's'}"
 
 
-def _and(words: list[str]) -> str:
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+def _and(words: list[str], between: str = ", ") -> str:
+    return words[0] if len(words) == 1 else f"{between.join(words[:-1])}{between.rstrip(', ')} and {words[-1]}"

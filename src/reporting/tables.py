@@ -91,7 +91,7 @@ def comparison_table(analysis: Analysis) -> Table:
     """Averages with intervals, and the paired differences with what they rest on."""
     baseline = analysis.study.baseline
     against = [("full cache", "full")] if analysis.full else []
-    against += [(baseline, "baseline")] if baseline else []
+    against += [(analysis.study.shown(baseline), "baseline")] if baseline else []
     columns = [POLICY, BUDGET, Column("n", "samples"), Column("average", "95 % interval")]
     uneven = any(d and d.interval.n != row.average.n for row in analysis.rows for d in (row.full, row.baseline))
     for name, _ in against:
@@ -122,25 +122,34 @@ def memory_table(analysis: Analysis) -> Table:
     columns = [
         POLICY,
         BUDGET,
-        Column("KV after prompt", "MiB, mean"),
-        Column("of full cache", "%"),
-        Column("KV at most", "MiB, mean of peaks"),
+        Column("entries", "MiB after prompt, mean"),
         Column("bookkeeping", "MiB, mean"),
+        Column("total", "MiB, mean"),
+        Column("total", "% of full cache's entries", key="total, % of full cache's entries"),
+        Column("entries at most", "MiB, mean of peaks"),
     ]
-    note = "Per sample, over all layers. A policy's speed is measured by src.bench, not here."
-    split = any(row.memory("device_ratio") is not None for row in analysis.rows)
+    note = (
+        "Per sample, over all layers. Bookkeeping: positions and a policy's own state; total: entries and bookkeeping, "
+        "wherever they lie. A policy's speed is measured by src.bench, not here."
+    )
+    split = any(row.memory("kv_bytes_device_mean") is not None for row in analysis.rows)
     if split:
-        columns += [Column("on the device", "% of full cache"), Column("with codebooks", "% of full cache")]
-        note += " Codebooks are shared by all samples of a model; here they are counted to a single one."
+        columns += [
+            Column("on the device", "% of full cache's entries"),
+            Column("with codebooks", "% of full cache's entries"),
+        ]
+        note += (
+            " On the device: the part of the total that does not lie in host memory. Codebooks are shared by all "
+            "samples of a model; here they are counted to a single one."
+        )
     rows = []
     for row in analysis.rows:
-        ratio = row.memory("ratio")
-        cells = [mebibytes(row.memory("kv_bytes_mean")), percent(ratio)]
-        cells += [mebibytes(row.memory(name)) for name in ("kv_bytes_peak_mean", "bookkeeping_bytes_mean")]
-        if split:  # where nothing is apart, all of it is on the device
-            device = row.memory("device_ratio")
-            both = row.memory("device_ratio_with_codebooks")
-            cells += [percent(ratio if device is None else device), percent(ratio if both is None else both)]
+        sizes = (row.memory("kv_bytes_mean"), row.memory("bookkeeping_bytes_mean"), row.total_bytes)
+        cells = [*map(mebibytes, sizes), percent(row.total_share), mebibytes(row.memory("kv_bytes_peak_mean"))]
+        if split:
+            device = row.device_bytes
+            both = None if device is None else device + (row.memory("codebook_bytes") or 0)
+            cells += [percent(row.share(device)), percent(row.share(both))]
         rows.append((*heads(row), *cells))
     return Table("memory", "Cache memory", tuple(columns), tuple(rows), breaks(analysis), note)
 
@@ -188,7 +197,7 @@ def mebibytes(value: float | None) -> Cell:
 
 def heads(row: Row) -> list[Cell]:
     budget = "–" if row.run.full else show_budget(row.run.budget)
-    return [Cell(row.run.label), Cell(budget, None if row.run.full else row.run.budget)]
+    return [Cell(row.run.shown), Cell(budget, None if row.run.full else row.run.budget)]
 
 
 def _interval(interval: Interval, mark: str, digits: int = 1) -> Cell:

@@ -14,7 +14,7 @@ def track_report(mode: str, project: str, out: Path, analysis: Analysis, tables:
     study = analysis.study
     config = {
         "model": study.model,
-        "policies": study.labels,
+        "policies": [study.shown(label) for label in study.labels],
         "budgets": study.budgets,
         "baseline": study.baseline,
         "comparability": study.comparability,
