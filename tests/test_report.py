@@ -11,6 +11,7 @@ import pytest
 from synthetic_runs import METRICS, kept_positions, record, write_run, write_study
 
 from src.errors import InputError
+from src.metrics_file import write_metrics
 from src.report import main, write_report
 from src.reporting.analysis import analyse
 from src.reporting.data import make_study
@@ -523,7 +524,7 @@ def test_only_the_same_class_is_the_known_reconstruction(tmp_path: Path) -> None
     write_run(tmp_path, "ahakv", 64, lines(1, 2), options={"_target_": "mine.AhaKV"})
     run = write_run(tmp_path, "other", 64, lines(1, 2))
     metrics = json.loads((run / "metrics.json").read_text())
-    (run / "metrics.json").write_text(json.dumps({**metrics, "reconstruction": "from a talk"}))
+    write_metrics(run / "metrics.json", {**metrics, "reconstruction": "from a talk"})
     shown = [row.shown for row in make_study([tmp_path]).runs]
     assert shown == ["ahakv", "other (our reconstruction)"]
 
