@@ -8,6 +8,7 @@ into datetime objects, and reports a broken row without its line. Lines are pars
 import json
 import re
 import string
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,8 +79,10 @@ def parse(place: str, line: bytes) -> dict[str, Any]:
             json.dumps(row, ensure_ascii=False).encode("utf-8")
     except UnicodeError:
         raise DataError(f"{place}: not UTF-8 text") from None
-    except (ValueError, RecursionError) as error:  # Python refuses numbers of thousands of digits by a ValueError
+    except (json.JSONDecodeError, RecursionError) as error:
         raise DataError(f"{place}: broken JSON ({error})") from None
+    except ValueError:  # JSON, but Python reads no number of that length
+        raise DataError(f"{place}: holds a number of more than {sys.get_int_max_str_digits()} digits") from None
     if not isinstance(row, dict):
         raise DataError(f"{place}: expected a JSON object, found {type(row).__name__}")
     return row

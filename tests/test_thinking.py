@@ -18,6 +18,7 @@ from evals.thoughts import find_thought, opens_thought
 from src.chat import chat_form
 from src.errors import InputError
 from src.models import model_settings
+from src.reporting.data import make_study
 from src.samples import Prepared, spoken
 
 # As Qwen3 writes it: without the switch the model thinks.
@@ -185,3 +186,14 @@ def test_unfinished_thoughts_are_counted(base: list[str], tmp_path: Path) -> Non
     thoughts = metrics(done.folder)["thoughts"]
     assert thoughts == {"empty": 0, "finished": 0, "unfinished": 2, "tokens_mean": sum(counts) / 2}
     assert metrics(done.folder)["comparability"]["thinking"] == "keep: no switch passed"
+    (warning,) = [text for text in make_study([done.folder]).warnings if "thought" in text]
+    assert "2 of 2 predictions end in the middle of a thought and score 0" in warning
+
+
+def test_qwen3_is_switched_off_by_its_template() -> None:
+    """As its settings did by hand before, so its folders keep their names; and `keep` lets it think."""
+    settings = model_settings("qwen3-8b")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = QWEN
+    assert chat_form(tokenizer, settings, "qwen3-8b").kwargs == {"enable_thinking": False}
+    assert chat_form(tokenizer, {**settings, "thinking": "keep"}, "qwen3-8b").kwargs == {}
