@@ -19,6 +19,7 @@ import json
 import logging
 import math
 import mmap
+import os
 import struct
 import zipfile
 import zlib
@@ -197,8 +198,8 @@ class Journal:
             log.warning("%s: %d bytes in the middle are damaged; the samples they held run again", self.path, lost)
         if end < total:
             log.warning("%s: cut off %d bytes of an unfinished entry", self.path, total - end)
-            with writing(self.path), self.path.open("r+b") as file:
-                file.truncate(end)
+            with writing(self.path):
+                os.truncate(self.path, end)
 
 
 class Frame(NamedTuple):
