@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import random
 import shutil
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-from cli import Result, call
+import torch
+from hydra import compose
+from omegaconf import DictConfig, OmegaConf
 
+from evals.errors import DataError
 from src.errors import InputError
 from src.records import RunFolder
 from src.report import as_numbers
@@ -24,6 +29,9 @@ from src.reporting.kept import retention_table
 from src.reporting.overlap import overlap_table
 from src.reporting.samples import contrasts, retention_maps
 from src.reporting.tables import make_tables, tasks_table
+from src.session import Session
+from src.settings import CellConfig, composing
+from src.sweep import grid
 
 GRID = ["policies=[full,h2o,snapkv,{name: hcattention, quantise_keys: false}]", "budgets=[40]", "kept_over_time=4"]
 
@@ -113,7 +121,7 @@ def report(root: Path) -> Shown:
     return Shown(shown, frozenset([*study.warnings, *warnings, *noted]))
 
 
-@contextmanager
+@contextlib.contextmanager
 def warnings_of_ours() -> Iterator[list[str]]:
     """The lines that the harness logs meanwhile, which a user sees on stderr."""
     found: list[str] = []
@@ -127,63 +135,84 @@ def warnings_of_ours() -> Iterator[list[str]]:
         logger.removeHandler(handler)
 
 
-def resume(arguments: list[str]) -> tuple[Result, frozenset[str]]:
-    """The same command again: its result and what it said about damage."""
-    with warnings_of_ours() as warned:
-        done = call("sweep", *arguments)
-    spoken = [line for line in done.err.splitlines() if line.startswith("error: ") or "ran again" in line]
-    return done, frozenset([*warned, *spoken])
+@dataclass(frozen=True)
+class Command:
+    """A sweep, composed once: that takes longer than everything else here."""
+
+    cfg: DictConfig
+    cells: list[CellConfig]
+
+    def __call__(self, root: Path, limit: int = 3) -> tuple[int, frozenset[str]]:
+        """Run it: the exit code, and what it said about damage. Anything but a user's error goes through."""
+        cfg = OmegaConf.merge(self.cfg, {"output_root": str(root), "limit": limit})
+        error = io.StringIO()
+        no_picture = mock.patch("src.records.plot_retention", lambda data, path, title: path.write_bytes(b"drawn"))
+        with warnings_of_ours() as said, contextlib.redirect_stderr(error), no_picture:
+            try:
+                code = Session(cfg, self.cells, lanes=8).run()  # type: ignore[arg-type]
+            except (InputError, DataError) as refused:
+                code = 2
+                said.append(str(refused))
+        return code, frozenset([*said, *(line for line in error.getvalue().splitlines() if "ran again" in line)])
+
+
+def command(base: list[str]) -> Command:
+    torch.set_num_threads(1)
+    with composing():
+        cfg = compose("sweep", overrides=[*base, *GRID, "tasks.names=[needle,few_shot]"])
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(plain, dict)
+    return Command(cfg, grid(plain["policies"], plain["budgets"]))
 
 
 @dataclass(frozen=True)
 class Study:
-    """A study on disk, what its command is, and what is right before and after that is launched again."""
+    """A study on disk, its command, and what is right before and after that is launched again."""
 
     root: Path
-    arguments: list[str]
+    command: Command
     before: Shown
     after: Shown
 
 
-def make(base: list[str], root: Path, finished: bool) -> Study:
+def make(command: Command, root: Path, finished: bool) -> Study:
     """A small study of four cells; unfinished, it was killed before its second call could write its tables."""
-    arguments = [*base, *GRID, "tasks.names=[needle,few_shot]", f"output_root={root}"]
-    assert call("sweep", *arguments, "limit=2").code == 0
-    arguments.append("limit=3")
+    assert command(root, limit=2) == (0, frozenset())
     if finished:
-        assert call("sweep", *arguments).code == 0
+        assert command(root)[0] == 0
     else:
         with mock.patch.object(RunFolder, "finish", side_effect=InputError("killed")):
-            assert call("sweep", *arguments).code == 2
+            assert command(root)[0] == 2
     before = report(root)
     whole = root.with_name(f"{root.name}-whole")
     shutil.copytree(root, whole)
-    done, said = resume([*arguments, f"output_root={whole}"])
-    assert done.code == 0 and not said, done.err
-    return Study(root, arguments, before, report(whole))
+    assert command(whole) == (0, frozenset())
+    return Study(root, command, before, report(whole))
 
 
 def try_damage(study: Study, scratch: Path, seed: int) -> list[str]:
     """One random damage to a copy of the study; what is wrong with what comes of it (nothing: it is well).
 
-    Raises:
-        Exception: a traceback that a user would have seen.
+    A traceback that a user would have seen is one of them.
     """
-    copy = scratch / str(seed)
+    copy = scratch / f"{study.root.parent.name}-{seed}"
     shutil.copytree(study.root, copy)
     what = f"seed {seed}: {damage(copy, random.Random(seed))}"
     wrong = []
-    seen = report(copy)
-    if seen.tables != study.before.tables and not seen.words - study.before.words:
-        wrong.append(f"{what}: the report differs without a word in {_different(seen, study.before)}")
-    done, said = resume([*study.arguments, f"output_root={copy}"])
-    if done.code not in (0, 2) or "Traceback" in done.err:
-        wrong.append(f"{what}: the same command ends with {done.code}: {done.err}")
-    seen = report(copy)
-    if done.code == 0 and seen.tables != study.after.tables:
-        wrong.append(f"{what}: mended, the report differs in {_different(seen, study.after)}; said {sorted(said)}")
-    if done.code == 2 and not said:
-        wrong.append(f"{what}: refused without a word")
+    try:
+        seen = report(copy)
+        if seen.tables != study.before.tables and not seen.words - study.before.words:
+            wrong.append(f"{what}: the report differs without a word in {_different(seen, study.before)}")
+        code, said = study.command(copy)
+        if code not in (0, 2):
+            wrong.append(f"{what}: the same command ends with {code}")
+        seen = report(copy)
+        if code == 0 and seen.tables != study.after.tables:
+            wrong.append(f"{what}: mended, the report differs in {_different(seen, study.after)}; said {sorted(said)}")
+        if code == 2 and not said:
+            wrong.append(f"{what}: refused without a word")
+    except Exception:
+        wrong.append(f"{what}: {traceback.format_exc()}")
     shutil.rmtree(copy)
     return wrong
 

@@ -7,16 +7,20 @@ import os
 from pathlib import Path
 
 import pytest
-from damage import Study, make, try_damage
+from damage import Command, Study, command, make, try_damage
 
 COUNT = int(os.environ.get("DAMAGES", "40"))
 
 
-@pytest.fixture(scope="module", params=["finished", "unfinished"])
-def study(request: pytest.FixtureRequest, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
+@pytest.fixture(scope="module")
+def sweep(model_folder: Path) -> Command:
     base = ["model=local", f"model.path={model_folder}", "model.max_prompt_tokens=200", "tasks=pocket"]
-    base += ["max_new_tokens=8", "wandb.mode=disabled"]
-    return make(base, tmp_path_factory.mktemp("damage") / "runs", request.param == "finished")
+    return command([*base, "max_new_tokens=8", "wandb.mode=disabled"])
+
+
+@pytest.fixture(scope="module", params=["finished", "unfinished"])
+def study(request: pytest.FixtureRequest, sweep: Command, tmp_path_factory: pytest.TempPathFactory) -> Study:
+    return make(sweep, tmp_path_factory.mktemp("damage") / "runs", request.param == "finished")
 
 
 def test_random_damage_is_said_and_mended(study: Study, tmp_path: Path) -> None:
