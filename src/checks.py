@@ -99,6 +99,7 @@ RULES: dict[str, Rule] = {
     "model.date": (is_date, "a date as YYYY-MM-DD"),
     "model.stop_tokens": texts(),
     "model.trust_remote_code": SWITCH,
+    "model.self_check": SWITCH,
     "wandb.mode": one_of(WANDB),
     "wandb.project": text("the key's default"),
     "wandb.entity": text("the key's default"),

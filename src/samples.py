@@ -102,6 +102,8 @@ def to_record(one: Prepared, result: Generation, model: LoadedModel, cfg: DictCo
         "prediction": said.text,
         **said.thought,
         "new_tokens": len(result.tokens),
+        # Only where the text went beyond the positions that the model was made for, and by how many tokens.
+        **({"beyond_context": beyond} if (beyond := beyond_context(one, result, model)) > 0 else {}),
         "finish": result.finish,
         "score": 0.0 if said.thought.get("thought") == "unfinished" else score,
         "extra_scores": extra_scores(sample.task, said.answer, sample.answers),
@@ -158,6 +160,10 @@ def spoken(one: Prepared, result: Generation, model: LoadedModel) -> Spoken:
     answer = plain(found.answer)
     fields |= {"thought": found.state, "thought_tokens": count, "answer": answer}
     return Spoken(marked[: found.end] + plain(marked[found.end :]), answer, fields)
+
+
+def beyond_context(one: Prepared, result: Generation, model: LoadedModel) -> int:
+    return len(one.ids) + len(result.tokens) - model.context_length
 
 
 def malformed_record(sample: Sample) -> dict[str, Any]:
