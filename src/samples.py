@@ -81,7 +81,7 @@ def to_record(one: Prepared, result: Generation, model: LoadedModel, cfg: DictCo
     if result.error:
         return {**record, **failed(result.error)}
     prediction = str(model.tokenizer.decode(result.tokens, skip_special_tokens=True))
-    return {
+    found = {
         **record,
         "prediction": prediction,
         "new_tokens": len(result.tokens),
@@ -100,9 +100,12 @@ def to_record(one: Prepared, result: Generation, model: LoadedModel, cfg: DictCo
         "decode_steps": result.decode_steps,
         "lanes": result.lanes,
         "fidelity": result.fidelity,
-        **result.extra,
         "error": None,
     }
+    if taken := sorted(found.keys() & result.extra.keys()):  # a policy's figure must not pass for the score
+        name = type(result.variant.policy).__name__
+        return {**record, **failed(f"policy {name}: measures gave {taken[0]!r}; expected names that no record has")}
+    return {**found, **result.extra}
 
 
 def malformed_record(sample: Sample) -> dict[str, Any]:

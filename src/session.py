@@ -9,6 +9,7 @@ import json
 import signal
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -82,6 +83,7 @@ class Session:
         self.engine = TracingEngine(self.model.model, lanes, every) if every else Engine(self.model.model, lanes)
         self.interrupted = False
         self.failed = 0
+        self.faults: Counter[str] = Counter()  # of policies, by the line that says so
         folders = []
         with ExitStack() as opened:  # if the last cell's folder is refused, the others' are free again
             for cell in bind(cells, self.model):
@@ -111,6 +113,8 @@ class Session:
                 cell.folder.close()
             if self.interrupted:
                 print(f"interrupted: {progress.finished} of {progress.total} done; {self._again()}", file=sys.stderr)
+        for reason, count in self.faults.items():  # a policy's fault is the same for many samples
+            print(f"{reason}{f' (and {count - 1} more like it)' if count > 1 else ''}", file=sys.stderr)
         if self.failed:
             print(f"{self.failed} samples failed; their reasons are in predictions.jsonl (`error`)", file=sys.stderr)
         if self.interrupted:
@@ -187,6 +191,8 @@ class Session:
             cell.tracker.log_sample(record)
         progress.done(cell.config, record)
         self.failed += bool(record["error"])
+        if str(record["error"]).startswith("policy "):
+            self.faults[f"{cell.config.shown}: {record['error']}"] += 1
 
     def _open(self, cell: CellConfig) -> RunFolder:
         settings = self._settings(cell)
