@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from src.cache import LayerCache
+from src.contract import check_recent, check_scores
 from src.position import log_slope, octave_means
 
 if TYPE_CHECKING:
@@ -145,7 +146,11 @@ class Policy(ABC):
 
     @abstractmethod
     def keep_prompt(self, prompt: PromptAttention, budget: int) -> Tensor:
-        """Prompt positions to keep, ascending, `(kv_heads, k)` with `k <= budget`, int64."""
+        """Prompt positions to keep, ascending, `(kv_heads, k)` with `1 <= k <= prompt_limit`, int64."""
+
+    def prompt_limit(self, budget: int, length: int) -> int:
+        """The most positions that `keep_prompt` may keep of `length`."""
+        return budget if self.uses_budget else length
 
     def start(self, prompt: PromptAttention, kept: Tensor, budget: int) -> State:
         """What to remember about the kept tokens, for one lane: `slots` tensors `(kv_heads, ..., k)`."""
@@ -156,7 +161,9 @@ class Policy(ABC):
         return LayerCache.from_prompt(prompt.keys, prompt.values, kept, limit)
 
     def limit(self, budget: int, kept: int) -> int | None:
-        """The most entries per KV head the cache ever holds; None: it grows. `kept` are those of the prompt."""
+        """The most entries per KV head the cache ever holds, at most `budget`; None: it grows (only policies that do
+        not evict while decoding). `kept` are those of the prompt.
+        """
         return budget if self.evicts_while_decoding else None
 
     # Decoding, at every step, in this order.
@@ -181,7 +188,8 @@ class Policy(ABC):
     def evict(self, step: DecodeStep, state: State) -> Tensor:
         """The slot that the incoming token takes when there is no room, `(lanes, kv_heads)`, int64.
 
-        With `may_refuse`, the number of slots (the incoming token's column) means that it gets none.
+        Asked for all lanes as soon as one has no room; the answer for a lane that still has some is not used. With
+        `may_refuse`, the number of slots (the incoming token's column) means that it gets none.
         """
         raise NotImplementedError(f"{type(self).__name__} does not evict while decoding")
 
@@ -231,8 +239,12 @@ def keep_all(prompt: PromptAttention) -> Tensor:
 
 
 def lowest_slot(scores: Tensor, protected: Tensor) -> Tensor:
-    """The slot of the lowest score among those not protected; `(..., slots)` twice -> `(...)`."""
-    return scores.masked_fill(protected, torch.inf).argmin(-1)
+    """The slot of the lowest score among those not protected; `(..., slots)` twice -> `(...)`.
+
+    -1, which is no slot, where a score is NaN or every slot is protected: the engine then fails the sample.
+    """
+    lowest = scores.masked_fill(protected, torch.inf).min(-1)
+    return torch.where(lowest.values < torch.inf, lowest.indices, -1)
 
 
 @dataclass(frozen=True)
@@ -248,17 +260,22 @@ class ScorePolicy(Policy):
 
     @abstractmethod
     def score(self, prompt: PromptAttention, budget: int) -> Tensor:
-        """A score for every prompt token, `(kv_heads, n)`; the most recent ones' are not looked at."""
+        """A score for every prompt token, `(kv_heads, n)`; the most recent ones' are not looked at and may be left out.
+
+        Infinity: the token stays. NaN fails the sample.
+        """
 
     def least_budget(self) -> int:
         return 2
 
     def keep_prompt(self, prompt: PromptAttention, budget: int) -> Tensor:
+        recent = check_recent(self.recent(budget), budget)
         if prompt.length <= budget:
             return keep_all(prompt)
-        recent = self.recent(budget)
         older = prompt.length - recent
-        top = self._older_scores(prompt, budget).topk(budget - recent, dim=-1).indices.sort(dim=-1).values
+        scores = self._older_scores(prompt, budget)
+        prompt.doubts.append(check_scores(scores, prompt.kv_heads, older))
+        top = scores.topk(budget - recent, dim=-1).indices.sort(dim=-1).values
         return torch.cat([top, keep_all(prompt)[:, older:]], dim=-1)
 
     def prompt_measures(self, prompt: PromptAttention, budget: int) -> dict[str, Tensor]:
@@ -271,7 +288,12 @@ class ScorePolicy(Policy):
     def _older_scores(self, prompt: PromptAttention, budget: int) -> Tensor:
         """`score` without the most recent tokens, `(kv_heads, n - recent)`; looked at twice, computed once."""
         older = prompt.length - self.recent(budget)
-        return prompt.once(("score", self, budget), lambda: self.score(prompt, budget)[:, :older])
+
+        def compute() -> Tensor:
+            scores = self.score(prompt, budget)
+            return scores[:, :older] if isinstance(scores, Tensor) and scores.dim() == 2 else scores  # refused later
+
+        return prompt.once(("score", self, budget), compute)
 
     def protect_recent(self, step: DecodeStep) -> Tensor:
         """True for the slots of the last `recent` tokens, the incoming one counted, `(lanes, kv_heads, slots)`."""

@@ -140,6 +140,9 @@ class Scope(Policy):
     def keep_prompt(self, prompt: PromptAttention, budget: int) -> Tensor:
         return self._prompt_policy(budget).keep_prompt(prompt, budget)
 
+    def prompt_limit(self, budget: int, length: int) -> int:
+        return self._prompt_policy(budget).prompt_limit(budget, length)  # `full` keeps everything
+
     def start(self, prompt: PromptAttention, kept: Tensor, budget: int) -> State:
         state = State(fixed={"length": torch.tensor(prompt.length, device=kept.device)})
         if self.score == "cumulative":

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from policies.full import Full
 from src import attention
 from src.cache import LayerCache
+from src.contract import BROKEN, RAISED, ContractError, beyond_policy, fault
 from src.errors import InputError
 from src.fidelity import FidelityMeter
 from src.foresight import foresee
@@ -46,6 +47,7 @@ class Lane:
         self.start = self.position = fork.length
         self.done = False
         self.first_nll: float | None = None
+        self.shared = False  # its policy failed in a question about all its lanes
         self.full: Lane | None = None  # a fidelity lane's counterpart with the full cache; None: itself
 
     def next_input(self) -> int:
@@ -61,6 +63,10 @@ class Lane:
             self.done = True
         else:
             self.take(token)
+
+    def fail(self, error: str, shared: bool = False) -> None:
+        """Its policy broke its contract: nothing that the lane holds counts any more."""
+        self.result.error, self.shared, self.done = error, shared, True
 
     def take(self, token: int) -> None:
         """A generated token."""
@@ -98,7 +104,8 @@ class Engine:
         Once `stop()` is true no further prompt is begun, and those under way are finished.
 
         Yields:
-            A `Generation` as soon as its lane has finished; one with `error` when memory ran out even alone.
+            A `Generation` as soon as its lane has finished; one with `error` when memory ran out even alone, or when
+            its policy raised or handed back what it may not (`src.contract`). The others go on as without it.
 
         Raises:
             InputError: an empty prompt, a text that `refusal` has something against, a model that cannot be served,
@@ -134,19 +141,24 @@ class Engine:
         finished: set[tuple[int, Variant]] = set()
         lanes: list[Lane] = []
         begun: list[Job] = []
+        again: list[Job] = []  # what failed together with other samples
         try:
             for job in jobs:
                 if not stop():
                     begun.append(job)
                     lanes += self._prefill(job)
-            for result in self._decode(lanes):
+            for result in self._decode(lanes, again):
                 finished.add((id(result.request), result.variant))
                 yield result
-            return True
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            reason = str(error).splitlines()[0]
+            reason = (str(error).splitlines() or ["host memory"])[0]
+        else:
+            lanes.clear()
+            for job in again:  # alone, it fails for itself or not at all
+                yield from self._wave([job], lambda: False)
+            return True
         lanes.clear()  # or the failed wave's caches would stay while it is tried again
         self.memory.release()
         if stop():  # what is under way is finished all the same
@@ -172,27 +184,44 @@ class Engine:
             raise InputError(f"sample {request.name}: the prompt is empty; valid: at least one token")
         if reason := self.refusal(request):
             raise InputError(f"sample {request.name}: {reason}")
-        cells = [v.cell(scope, len(request.ids) - scope + request.max_new_tokens) for v in job.variants]
-        if request.reference and not any(isinstance(cell.policy, Full) for cell in cells):
+        horizon = len(request.ids) - scope + request.max_new_tokens
+        cells, unusable = [], {}
+        for i, variant in enumerate(job.variants):
+            try:
+                cells.append(variant.cell(scope, horizon))
+            except RAISED as error:
+                if beyond_policy(error):
+                    raise
+                cells.append(Cell(variant.policy, scope))
+                unusable[i] = fault(variant.policy, "at", None, error)
+        if request.reference and not any(type(cell.policy) is Full for cell in cells):
             cells.append(Cell(Full(), scope))  # what the others are compared with
         prefill = Prefill(cells, self.layers, scope, foresee(job, scope, self.model, self._full_answer))
+        for i, error in unusable.items():
+            prefill.forks[i].fail(error)
         started = time.perf_counter()
         self.memory.start()
         ids = torch.tensor([request.ids[:scope]], device=self.model.device)
         positions = torch.arange(scope, device=ids.device)[None]
         logits = attention.forward(self.model, ids, positions, prefill, logits_to_keep=1)[:, -1]
         token = int(choose(logits.clone(), [(request, 0)])[0])  # fidelity needs them unchanged
+        if token >= 0:  # or the model is to blame
+            prefill.settle()
         self.memory.stop("prefill")
         seconds = time.perf_counter() - started
         if token < 0:
-            self._refuse_nan(request, prefill.forks[0].caches, 0, "the prompt")
+            caches = next((fork.caches for fork in prefill.forks if not fork.error), [])
+            self._refuse_nan(request, caches, 0, "the prompt")
         question = request.ids[scope:]
         lanes = []
         for variant, fork in zip(job.variants, prefill.forks, strict=False):
             result = Generation(request, variant, prefill_seconds=seconds)
-            result.describe_prompt(fork)
             lane = Lane(result, fork, question)
-            if not question:
+            if not fork.error:
+                result.describe_prompt(fork)
+            if fork.error:
+                lane.fail(fork.error)
+            elif not question:
                 lane.take(token)
             lanes.append(lane)
         if request.reference:
@@ -202,13 +231,24 @@ class Engine:
     def _full_answer(self, request: Request) -> list[int]:
         """What the full cache answers, for policies that look ahead."""
         lanes = self._prefill(Job(request, [REFERENCE]))
-        list(self._decode(lanes))
+        list(self._decode(lanes, []))
         return lanes[0].result.tokens
 
-    def _decode(self, lanes: list[Lane]) -> Iterator[Generation]:
-        """All lanes in lockstep until each has finished. A result leaves when all its lanes have."""
+    def _decode(self, lanes: list[Lane], again: list[Job]) -> Iterator[Generation]:
+        """All lanes in lockstep until each has finished. A result leaves when all its lanes have.
+
+        Args:
+            again: takes what failed because of a policy that was asked about several samples at once.
+        """
+        for lane in lanes:
+            if lane.result.error:  # its prompt was cut wrongly
+                yield failed(lane)
+        lanes = [lane for lane in lanes if not lane.result.error]
+        if not lanes:
+            return
         self.memory.start()
         batch, lanes = arrange(lanes, self.rotary.turn)
+        heed(batch, lanes)
         meter = FidelityMeter(len(lanes), self.layers, self.model.device)
         measured = {id(lane): i for i, lane in enumerate(lanes)}
         open_lanes: dict[int, int] = {}
@@ -219,15 +259,19 @@ class Engine:
             batch.watch = meter.watch_layer
         while True:
             for row, lane in enumerate(lanes):
+                lane.done = lane.done or lane.result.error is not None  # of the result's other lane
                 if not lane.done:
                     continue
-                if lane.targets is None:
-                    lane.result.describe_end(batch, row)
-                else:
-                    lane.result.fidelity = meter.result(measured[id(lane)], lane.first_nll)
+                if not lane.result.error:
+                    self._describe(batch, row, lane, meter, measured)
                 open_lanes[id(lane.result)] -= 1
                 if open_lanes[id(lane.result)] == 0 and lane.result.variant is not REFERENCE:
-                    yield lane.result
+                    if not lane.result.error:
+                        yield lane.result
+                    elif lane.shared and len({id(lanes[mate].result) for mate in batch.mates(row)}) > 1:
+                        again.append(Job(lane.result.request, [lane.result.variant]))
+                    else:
+                        yield failed(lane)
             keep = [row for row, lane in enumerate(lanes) if not lane.done]
             if len(keep) < len(lanes):
                 batch.select(keep)
@@ -236,6 +280,16 @@ class Engine:
                 self.memory.stop("decode")
                 return
             self._step(batch, lanes, meter, measured)
+
+    def _describe(self, batch: LaneBatch, row: int, lane: Lane, meter: FidelityMeter, measured: dict[int, int]) -> None:
+        """Note what a lane has come to."""
+        try:
+            if lane.targets is None:
+                lane.result.describe_end(batch, row)
+            else:
+                lane.result.fidelity = meter.result(measured[id(lane)], lane.first_nll)
+        except ContractError as error:
+            lane.fail(str(error))
 
     def _step(self, batch: LaneBatch, lanes: list[Lane], meter: FidelityMeter, measured: dict[int, int]) -> None:
         """One token for every lane; the host waits for the device once."""
@@ -249,14 +303,24 @@ class Engine:
         where = [lane.position for lane in lanes]
         batch.position = torch.tensor(where, device=self.model.device, dtype=torch.int32)
         batch.longest = max(where) + 1
+        batch.begin()
         ids = torch.tensor([[lane.next_input()] for lane in lanes], device=self.model.device)
         logits = attention.forward(self.model, ids, batch.position[:, None].long(), batch)[:, -1]
         batch.t += 1
         meter.watch_logits(logits)
-        chosen = choose(logits, [(lane.result.request, len(lane.result.tokens)) for lane in lanes]).tolist()
+        best = choose(logits, [(lane.result.request, len(lane.result.tokens)) for lane in lanes])
+        wrong = batch.wrong()
+        chosen = (best if wrong is None else torch.where(wrong & (best >= 0), BROKEN, best)).tolist()
+        heed(batch, lanes, [token == BROKEN for token in chosen])
         share = (time.perf_counter() - started) / len(lanes)
         for row, (lane, token) in enumerate(zip(lanes, chosen, strict=True)):
+            if lane.result.error:
+                continue
             if token < 0:
+                changing = [batch.changes_weights(other) for other in range(len(lanes))]
+                if changing[row] and all(changes for changes, other in zip(changing, chosen, strict=True) if other < 0):
+                    lane.fail(batch.blame(row, "adjust_logits, adjust_weights", "left logits that are not numbers"))
+                    continue
                 caches, pool_row = batch.locate(row)
                 where_in_text = f"the token at position {lane.position}"
                 self._refuse_nan(lane.result.request, caches, pool_row, where_in_text)
@@ -299,16 +363,38 @@ def fidelity_lanes(lanes: list[Lane], forks: list[Fork], logits: Tensor, questio
     feed = [*question, *reference[:-1]]
     targets = [-1] * (len(question) - 1) + (reference if question else reference[1:])
     first = None if question else -float(logits[0].float().log_softmax(-1)[reference[0]])
-    full_fork = next(fork for fork in forks if isinstance(fork.cell.policy, Full))
+    full_fork = next(fork for fork in forks if type(fork.cell.policy) is Full)  # a user's subclass may cut
     results = {id(lane.fork): lane.result for lane in lanes}
     full_result = results.get(id(full_fork)) or Generation(request, REFERENCE)
     full = Lane(full_result, full_fork, feed, targets)
-    extra = [full] + [Lane(lane.result, lane.fork, feed, targets) for lane in lanes if lane.fork is not full_fork]
+    extra = [full] + [
+        Lane(lane.result, lane.fork, feed, targets)
+        for lane in lanes
+        if lane.fork is not full_fork and not lane.result.error
+    ]
     for lane in extra:
         lane.first_nll, lane.done = first, not feed
     for lane in extra[1:]:
         lane.full = full
     return extra
+
+
+def heed(batch: LaneBatch, lanes: Sequence[Lane], doubted: Sequence[bool] = ()) -> None:
+    """Lanes whose policy raised, or broke its contract, fail; the others do not notice.
+
+    Args:
+        doubted: for which lanes a step's evictions are wrong, as read.
+    """
+    for row, lane in enumerate(lanes):
+        broken = batch.error(row)
+        error = broken or (batch.error(row, doubted=True) if doubted and doubted[row] else "")
+        if error:
+            lane.fail(error, shared=bool(broken))
+
+
+def failed(lane: Lane) -> Generation:
+    """What a failed lane is answered with: the reason alone."""
+    return Generation(lane.result.request, lane.result.variant, error=lane.result.error)
 
 
 def arrange(lanes: list[Lane], rotate: RotateLayer) -> tuple[LaneBatch, list[Lane]]:

@@ -12,13 +12,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from policies.base import Policy, State
 from src.cache import DecodeStep, LayerCache
+from src.contract import (
+    RAISED,
+    Doubt,
+    beyond_policy,
+    check_cache,
+    check_kept,
+    check_limit,
+    check_measures,
+    check_start,
+    describe,
+    fault,
+)
+from src.evictions import Evictions
+from src.members import Member
 from src.prompt_attention import PromptAttention
-from src.states import settle, stack_states
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 Rotate = Callable[[Tensor, Tensor], Tensor]
@@ -34,9 +46,16 @@ class Cell:
 
 
 class Fork:
-    """One prompt under one cell: what is left of it in every layer."""
+    """One prompt under one cell: what is left of it in every layer.
+
+    Attributes:
+        error: what the cell's policy did wrong; empty if nothing. Nothing is left of the prompt then.
+        doubts: what must still be looked at, by layer.
+    """
 
     def __init__(self, cell: Cell, length: int) -> None:
+        self.error = ""
+        self.doubts: list[tuple[int, Doubt]] = []
         self.cell, self.length = cell, length  # length: prompt tokens
         self.caches: list[LayerCache] = []
         self.states: list[State] = []
@@ -51,16 +70,47 @@ class Fork:
         return limit, self.cell if self.cell.policy.own_pool else None
 
     def add_layer(self, prompt: PromptAttention) -> None:
-        policy, budget = self.cell.policy, self.cell.budget
-        kept = policy.keep_prompt(prompt, budget)
-        self.caches.append(policy.make_cache(prompt, kept, policy.limit(budget, kept.shape[-1])))
-        self.states.append(policy.start(prompt, kept, budget))
-        self._measured.append(policy.prompt_measures(prompt, budget))
+        if self.error:
+            return
+        policy, budget, hook = self.cell.policy, self.cell.budget, "prompt_limit"
+        heads, length = prompt.kv_heads, prompt.length
+        prompt.doubts.clear()
+        try:
+            most = min(policy.prompt_limit(budget, length), length)
+            hook = "keep_prompt"
+            kept, doubt = check_kept(policy.keep_prompt(prompt, budget), heads, length, most, prompt.keys.device)
+            self.doubts += [(prompt.layer, d) for d in (*prompt.doubts, doubt)]
+            hook, entries = "limit", kept.shape[1]
+            bound = budget if policy.uses_budget and not policy.uses_decode_budget else None
+            limit = check_limit(policy.limit(budget, entries), entries, bound, not policy.evicts_while_decoding)
+            hook = "make_cache"
+            self.caches.append(policy.make_cache(prompt, kept, limit))
+            check_cache(self.caches[-1], (1, heads, entries), limit)
+            hook = "start"
+            self.states.append(policy.start(prompt, kept, budget))
+            check_start(self.states[-1], heads, entries)
+            hook = "prompt_measures"
+            self._measured.append(check_measures(policy.prompt_measures(prompt, budget), Tensor))
+        except RAISED as error:
+            if beyond_policy(error):
+                raise
+            self.fail(fault(policy, hook, prompt.layer, error))
         self.full_nbytes += prompt.keys.nbytes + prompt.values.nbytes
 
+    def fail(self, error: str) -> None:
+        """Its policy is asked nothing more, and its caches go."""
+        self.error, self.caches, self.states, self._measured = error, [], [], []
+        self.doubts = []
+
     def measures(self) -> dict[str, Tensor]:
-        """`Policy.prompt_measures` of all layers, stacked."""
-        return {name: torch.stack([layer[name] for layer in self._measured]) for name in self._measured[0]}
+        """`Policy.prompt_measures` of all layers, stacked; nothing, and an `error`, if they do not agree."""
+        try:
+            return {name: torch.stack([layer[name] for layer in self._measured]) for name in self._measured[0]}
+        except RAISED as error:
+            if beyond_policy(error):
+                raise
+            self.fail(fault(self.cell.policy, "prompt_measures", None, error))
+            return {}
 
     def nbytes(self) -> int:
         """Exact bytes of keys and values."""
@@ -102,12 +152,17 @@ class Prefill:
             fork.add_layer(prompt)
         return attention(query, key, value)
 
-
-class Member:
-    """Lanes of one cell inside a pool: rows `start..stop` of it, and the policy's state per layer."""
-
-    def __init__(self, cell: Cell, start: int, stop: int, states: list[State]) -> None:
-        self.cell, self.start, self.stop, self.states = cell, start, stop, states
+    def settle(self) -> None:
+        """Read what the policies' positions and scores came to, all at once: the host waits for the device."""
+        open_ = [(fork, layer, doubt) for fork in self.forks for layer, doubt in fork.doubts]
+        found = torch.cat([doubt.numbers for _, _, doubt in open_]).tolist() if open_ else []
+        end = 0
+        for fork, layer, doubt in open_:
+            start, end = end, end + len(doubt.numbers)
+            wrong = "" if fork.error else doubt.judge(found[start:end])
+            if wrong:
+                fork.fail(describe(fork.cell.policy, doubt.hook, wrong, [f"layer {layer}"]))
+            fork.doubts = []
 
 
 class Pool:
@@ -120,6 +175,7 @@ class Pool:
 
     def __init__(self, forks: Sequence[Fork], rows: int) -> None:
         self.row = rows
+        self.evictions = Evictions()  # this step's
         layers = range(len(forks[0].caches))
         self.caches: list[LayerCache] = []
         distinct = {id(fork): fork for fork in forks}.values()  # a fidelity lane shares its fork
@@ -133,10 +189,8 @@ class Pool:
             stop = start
             while stop < len(forks) and forks[stop].cell == forks[start].cell:
                 stop += 1
-            states = [
-                stack_states([f.states[layer] for f in forks[start:stop]], self.caches[layer].slots) for layer in layers
-            ]
-            self.members.append(Member(forks[start].cell, start, stop, states))
+            states = [fork.states for fork in forks[start:stop]]
+            self.members.append(Member.of(forks[start].cell, start, states, [cache.slots for cache in self.caches]))
             start = stop
         for fork in distinct:
             fork.states = []  # the pool holds the lanes now
@@ -171,9 +225,10 @@ class Pool:
         steps = []
         for m in self.members:
             rows = slice(m.start, m.stop)
+            own = logits[rows]
             step = DecodeStep(
-                logits=logits[rows],
-                weights=logits[rows],  # replaced below, once all policies had their word on the logits
+                logits=own,
+                weights=own,  # replaced below, once all policies had their word on the logits
                 query=query[rows],
                 keys=cache.keys[rows],
                 value=value[rows],
@@ -186,37 +241,47 @@ class Pool:
                 scaling=scaling,
                 rotate=rotate,
             )
-            m.cell.policy.adjust_logits(step)
+            m.adjust_logits(step)
             steps.append(step)
         weights = logits.softmax(dim=-1)
         for m, step in zip(self.members, steps, strict=True):
             step.weights = weights[m.start : m.stop]
-            state = m.states[layer]
-            if added:
-                state.slots = {name: F.pad(tensor, (0, added)) for name, tensor in state.slots.items()}
-            m.cell.policy.adjust_weights(step, state)
+            m.adjust_weights(step, added)
         out = cache.mix(weights, value)
         victims = []
         evicting = room is not None and max(cache.used) >= room
         for m, step in zip(self.members, steps, strict=True):
-            state = m.states[layer]
-            m.cell.policy.observe(step, state)
-            kept = m.cell.policy.prune(step, state)
+            kept = m.observe(step, room)
             if kept is not None:  # the member has the pool to itself
+                kept = self.evictions.kept(layer, cache, kept)
                 cache.keep(kept)
-                state.keep(kept)
+                m.states[layer].keep(kept)
             elif evicting:
-                victims.append(m.cell.policy.evict(step, state))
-        slot = cache.place(torch.cat(victims) if victims else None, room)
+                victims.append(m.evict(step))
+        refusing = [m.cell.policy.may_refuse for m in self.members]
+        slot = cache.place(self.evictions.slots(layer, cache, victims, refusing, room) if victims else None, room)
         for m in self.members:
-            settle(m.states[layer], slot[m.start : m.stop])
-        cache.write(slot, key, value, position, room, any(m.cell.policy.may_refuse for m in self.members))
+            m.settle(layer, slot, cache.slots)
+        cache.write(slot, key, value, position, room, any(refusing))
         return out
+
+    def error(self, lane: int, doubted: bool) -> str:
+        """What a lane's policy did wrong in this step, or earlier; empty if nothing.
+
+        Args:
+            doubted: what `evictions.wrong` says about the lane.
+        """
+        member = self.member(lane)
+        return member.error or (self.evictions.say(member.cell.policy, lane) if doubted else "")
+
+    def member(self, lane: int) -> Member:
+        """The member that a lane belongs to."""
+        return next(m for m in self.members if m.start <= lane < m.stop)
 
     def room(self, layer: int, t: int) -> int | None:
         """Entries that the layer's cache may hold after the step; None: any number."""
-        limit, policy = self.caches[layer].limit, self.members[0].cell.policy
-        return policy.room(t, limit) if limit is not None and policy.own_pool else limit
+        limit, first = self.caches[layer].limit, self.members[0]
+        return first.room(layer, t, limit) if limit is not None and first.cell.policy.own_pool else limit
 
     def select(self, keep: Sequence[int]) -> None:
         """Keep only these lanes, in this order (ascending)."""
@@ -228,11 +293,7 @@ class Pool:
         for m in self.members:
             rows = [i - m.start for i in keep if m.start <= i < m.stop]
             if rows:
-                at = torch.tensor(rows, device=device)
-                for state in m.states:
-                    state.slots = {name: tensor[at] for name, tensor in state.slots.items()}
-                    state.fixed = {name: tensor[at] for name, tensor in state.fixed.items()}
-                members.append(Member(m.cell, start, start + len(rows), m.states))
+                members.append(m.select(rows, start, torch.tensor(rows, device=device)))
                 start += len(rows)
         self.members = members
 
@@ -276,32 +337,70 @@ class LaneBatch:
         return out
 
     def measures(self, row: int) -> dict[str, Any]:
-        """What a row's policy has to say about it."""
-        member, lane = self._member(row)
-        return member.cell.policy.measures(member.states, lane)
+        """What a row's policy has to say about it. ContractError, as from the next two, if it cannot."""
+        member, lane, _ = self._member(row)
+        return member.measures(lane)
 
     def attended(self, row: int) -> list[Tensor] | None:
         """Per layer, the share of query heads that attended to each cached token of a row at the last step."""
-        member, lane = self._member(row)
-        shares = [member.cell.policy.attended(state) for state in member.states]
-        return [share[lane, :, :-1] for share in shares if share is not None] or None
+        member, lane, caches = self._member(row)
+        return member.attended(caches, lane) or None
 
     def picks(self, row: int) -> list[Tensor]:
         """Per layer, how often each slot of a row was attended to, `(kv_heads, slots)`; empty: always."""
-        member, lane = self._member(row)
-        counts = [member.cell.policy.picks(state) for state in member.states]
-        return [count[lane, :, :-1] for count in counts if count is not None]
+        member, lane, caches = self._member(row)
+        return member.picks(caches, lane)
+
+    def wrong(self) -> Tensor | None:
+        """For which rows the step's evictions are to be doubted, `(rows,)`; None: for none. Read it with the tokens."""
+        parts = [pool.evictions.wrong() for pool in self.pools]
+        if all(part is None for part in parts):
+            return None
+        device = self.pools[0].caches[0].positions.device
+        fine = [torch.zeros(pool.lanes, dtype=torch.bool, device=device) for pool in self.pools]
+        return torch.cat([other if part is None else part for part, other in zip(parts, fine, strict=True)])
+
+    def error(self, row: int, doubted: bool = False) -> str:
+        """What a row's policy did wrong in the last step; empty if nothing. `doubted`: what `wrong` says of the row."""
+        pool = self._pool(row)
+        return pool.error(row - pool.row, doubted)
+
+    def changes_weights(self, row: int) -> bool:
+        """Whether a row's policy has a hand in the attention itself, and may be to blame where it gives no numbers."""
+        policy = type(self._member(row)[0].cell.policy)
+        return any(
+            getattr(policy, hook) is not getattr(Policy, hook)
+            for hook in ("adjust_logits", "adjust_weights", "make_cache")
+        )
+
+    def blame(self, row: int, hook: str, what: str) -> str:
+        """One line about a row's policy."""
+        return describe(self._member(row)[0].cell.policy, hook, what, [])
+
+    def mates(self, row: int) -> range:
+        """The rows of the batch that a row's policy is asked about together."""
+        pool = self._pool(row)
+        member = pool.member(row - pool.row)
+        return range(pool.row + member.start, pool.row + member.stop)
+
+    def begin(self) -> None:
+        """Forget the step before."""
+        for pool in self.pools:
+            pool.evictions = Evictions()
 
     def locate(self, row: int) -> tuple[list[LayerCache], int]:
         """The caches that hold a row of the batch, and the lane's place in them."""
-        pool = next(p for p in self.pools if p.row <= row < p.row + p.lanes)
+        pool = self._pool(row)
         return pool.caches, row - pool.row
 
-    def _member(self, row: int) -> tuple[Member, int]:
-        """The member that a row of the batch belongs to, and the lane's place in its states."""
-        pool = next(p for p in self.pools if p.row <= row < p.row + p.lanes)
-        member = next(m for m in pool.members if m.start <= row - pool.row < m.stop)
-        return member, row - pool.row - member.start
+    def _pool(self, row: int) -> Pool:
+        return next(p for p in self.pools if p.row <= row < p.row + p.lanes)
+
+    def _member(self, row: int) -> tuple[Member, int, list[LayerCache]]:
+        """The member that a row of the batch belongs to, the lane's place in its states, and the pool's caches."""
+        pool = self._pool(row)
+        member = pool.member(row - pool.row)
+        return member, row - pool.row - member.start, pool.caches
 
     def select(self, keep: Sequence[int]) -> None:
         """Keep only these rows of the batch (ascending); finished lanes leave."""

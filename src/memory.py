@@ -62,7 +62,11 @@ def allocated_peak(call: Callable[[], object]) -> int:
     return peak
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """CUDA's allocator raises a class of its own; the driver, cuBLAS and the CPU's allocator only a message."""
+    if isinstance(error, MemoryError):
+        return True
     messages = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    if not isinstance(error, RuntimeError):
+        return False
     return isinstance(error, torch.OutOfMemoryError) or any(message in str(error) for message in messages)

@@ -8,6 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from src.contract import Doubt
+
 # Elements of one block of logits: about 9 MB of float32, so that a block stays in a CPU's cache while its
 # softmax and its column sum read it again. GPUs want larger launches.
 BLOCK_ELEMENTS = {"cpu": 2_400_000, "cuda": 64_000_000}
@@ -42,6 +44,7 @@ class PromptAttention:
         self.scaling, self.layer, self.layers = scaling, layer, layers
         self._foreseen = foreseen or {}
         self._memo: dict[object, Tensor] = {}
+        self.doubts: list[Doubt] = []  # what a policy wants to have looked at once its numbers can be read
 
     @property
     def length(self) -> int:

@@ -97,7 +97,7 @@ def to_record(one: Prepared, result: Generation, model: LoadedModel, cfg: DictCo
         return {**record, **failed(result.error)}
     said = spoken(one, result, model)
     score = score_sample(sample.task, said.answer, sample.answers, sample.all_classes, cfg.edit_similarity)
-    return {
+    found = {
         **record,
         "prediction": said.text,
         **said.thought,
@@ -119,9 +119,12 @@ def to_record(one: Prepared, result: Generation, model: LoadedModel, cfg: DictCo
         "decode_steps": result.decode_steps,
         "lanes": result.lanes,
         "fidelity": result.fidelity,
-        **result.extra,
         "error": None,
     }
+    if taken := sorted(found.keys() & result.extra.keys()):  # a policy's figure must not pass for the score
+        name = type(result.variant.policy).__name__
+        return {**record, **failed(f"policy {name}: measures gave {taken[0]!r}; expected names that no record has")}
+    return {**found, **result.extra}
 
 
 @dataclass(frozen=True)

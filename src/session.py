@@ -91,6 +91,7 @@ class Session:
         self.failed = 0
         self.without_positions = 0  # finished samples that run again
         self.unfinished = 0  # thoughts
+        self.faults: Counter[str] = Counter()  # of policies, by the line that says so
         folders = []
         with ExitStack() as opened:  # if the last cell's folder is refused, the others' are free again
             for cell in bind(cells, self.model):
@@ -136,6 +137,8 @@ class Session:
             refused = self._close_all(without=at_once)
             if self.interrupted:
                 print(f"interrupted: {progress.finished} of {progress.total} done; {self._again()}", file=sys.stderr)
+        for reason, count in self.faults.items():  # a policy's fault is the same for many samples
+            print(f"{reason}{f' (and {count - 1} more like it)' if count > 1 else ''}", file=sys.stderr)
         if self.without_positions:
             print(
                 f"{self.without_positions} finished samples ran again: what they had kept was not there "
@@ -242,6 +245,8 @@ class Session:
         progress.done(cell.config, record)
         self.failed += bool(record["error"])
         self.unfinished += record.get("thought") == "unfinished"
+        if str(record["error"]).startswith("policy "):
+            self.faults[f"{cell.config.shown}: {record['error']}"] += 1
 
     def _open(self, cell: CellConfig) -> RunFolder:
         settings = self._settings(cell)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from src.contract import ContractError
 from src.engine import REFERENCE, Engine, Lane
 from src.jobs import Generation
 from src.kept_over_time import BINS, Trace
@@ -27,10 +28,14 @@ class TracingEngine(Engine):
         if batch.t % self.every:
             return
         for row, lane in enumerate(lanes):
-            if lane.targets is None and lane.result.variant is not REFERENCE:
+            if lane.targets is None and lane.result.variant is not REFERENCE and not lane.result.error:
                 caches, at = batch.locate(row)
                 kept = [c.positions[at, :, : c.used[at]] for c in caches]
-                chosen, trace = batch.attended(row), self._of(lane.result)
+                try:
+                    chosen, trace = batch.attended(row), self._of(lane.result)
+                except ContractError as error:
+                    lane.fail(str(error))
+                    continue
                 if chosen is not None:
                     chosen = [share[:, : layer.shape[1]] for share, layer in zip(chosen, kept, strict=True)]
                 trace.note(batch.t, kept, chosen)
