@@ -31,7 +31,8 @@ What the harness does with {{count}} architectures of transformers, tried with t
 - **eviction**: h2o, snapkv, ahakv and streaming_llm (original positions) run beside full in one wave and keep within a
   budget of {BUDGET} entries.
 - **in-cache positions** (the default of streaming_llm): a query that is turned back by 17 positions is the query at
-  that place, on every layer, with a relative error below 1e-4. Where they are refused, `policy.positions=original` works.
+  that place, on every layer, with a relative error below 1e-4. Where they are refused, `policy.positions=original`
+  works.
 - **bfloat16**: logits through the cache are within {NEAR:.0%} of float32's (median over tokens; rounding alone makes
   1 to 3 %).
 
