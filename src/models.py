@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
-from src.embedded import cached_copy, package_file
+from src.embedded import package_file, unpacked
 from src.errors import InputError
+from src.fingerprint import ModelFiles, digest_of, read_files
 from src.hub import snapshot
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,8 @@ class LoadedModel:
     chat: bool
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     source: str = ""  # where the weights came from, for the record
+    fingerprint: str = ""  # of the content of all files that were read, or of a random model's shape
+    files: ModelFiles | None = None  # what was read; none of random weights
 
     @property
     def vocab_size(self) -> int:
@@ -67,14 +70,17 @@ def load_model(cfg: Mapping[str, Any] | DictConfig) -> LoadedModel:
     name = model_name(settings)
     device = choose_device(str(settings["device"]))
     dtype = choose_dtype(str(settings["dtype"]), device)
+    files: ModelFiles | None = None
     if settings["like"]:
         model, tokenizer, settings = build_random(settings, dtype, device)
         source = f"random weights in the shape of {settings['like']}"
+        fingerprint = str(settings["fingerprint"])
     else:
-        folder, source = find_weights(settings)
-        check_folder(folder)
+        files, source = find_weights(settings)
+        folder, fingerprint = files.folder, files.fingerprint
         tokenizer = load_tokenizer(folder, bool(settings["trust_remote_code"]))
         model = load_weights(folder, dtype, device, bool(settings["trust_remote_code"]))
+        files.refuse(files.changed())
     model.eval().requires_grad_(False)
     if settings["chat_template"]:
         tokenizer.chat_template = settings["chat_template"]
@@ -98,6 +104,8 @@ def load_model(cfg: Mapping[str, Any] | DictConfig) -> LoadedModel:
         chat=bool(settings["chat"]),
         template_kwargs=dict(settings["template_kwargs"] or {}),
         source=source,
+        fingerprint=fingerprint,
+        files=files,
     )
 
 
@@ -196,27 +204,28 @@ def first_line(error: BaseException) -> str:
 # ---- weights -------------------------------------------------------------------------------------------
 
 
-def find_weights(settings: Mapping[str, Any]) -> tuple[Path, str]:
-    """The folder to load from (path, installed package or hub, in this order) and a name for the record."""
+def find_weights(settings: Mapping[str, Any]) -> tuple[ModelFiles, str]:
+    """The files to load from (path, installed package or hub, in this order) and a name for the record."""
+    with_code = bool(settings["trust_remote_code"])
     if settings["path"]:
         path = Path(str(settings["path"])).expanduser()
         if path.is_file() and path.suffix == ".gguf":
-            return cached_copy(path), str(path)
+            return unpacked(path), str(path)
         if not path.is_dir():
             raise InputError(
                 f"model.path={path}: no such folder; it must hold config.json, a tokenizer and *.safetensors"
             )
-        return path, str(path)
+        return read_files(check_folder(path), with_code), str(path)
     if settings["package_file"]:
-        return cached_copy(package_file(str(settings["package_file"]))), str(settings["package_file"])
+        return unpacked(package_file(str(settings["package_file"]))), str(settings["package_file"])
     if settings["hub_id"]:
-        folder = snapshot(settings["hub_id"], settings["revision"], bool(settings["trust_remote_code"]))
-        return folder, f"{settings['hub_id']}@{folder.name}"
+        folder = snapshot(settings["hub_id"], settings["revision"], with_code)
+        return read_files(check_folder(folder), with_code), f"{settings['hub_id']}@{folder.name}"
     raise InputError("model.path=null: give model.path=FOLDER (or model.hub_id=OWNER/NAME)")
 
 
-def check_folder(folder: Path) -> None:
-    """Say what a folder lacks before anything is read from it."""
+def check_folder(folder: Path) -> Path:
+    """The folder; says what it lacks before anything is read from it."""
     if not any(folder.glob("*.safetensors")):
         pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
         reason = f"only {pickles[0]}, a pickle, which is never opened" if pickles else "no *.safetensors"
@@ -225,6 +234,7 @@ def check_folder(folder: Path) -> None:
         )
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: no config.json; a model folder holds it beside the weights")
+    return folder
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Tokenizer:
@@ -274,7 +284,9 @@ def build_random(
                 f"model.layers={layers}: valid are 1 to {shape['num_hidden_layers']}, or null for all of them"
             )
         shape["num_hidden_layers"] = layers
-    tokenizer = load_tokenizer(cached_copy(package_file(str(settings["package_file"]))))
+    borrowed = unpacked(package_file(str(settings["package_file"])))
+    tokenizer = load_tokenizer(borrowed.folder)
+    settings["fingerprint"] = digest_of([shape, borrowed.fingerprint])
     for key in ("context_length", "max_prompt_tokens"):
         settings[key] = settings[key] or original.get(key)
     config = AutoConfig.for_model(**shape)
