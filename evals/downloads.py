@@ -11,11 +11,16 @@ from evals.errors import DataError
 TIMEOUT_SECONDS = 30
 
 
+def user_cache() -> Path:
+    """$XDG_CACHE_HOME, or ~/.cache: also where it is relative, as the XDG specification has it."""
+    given = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return given if given.is_absolute() else Path.home() / ".cache"
+
+
 def cache_folder(suite: str) -> Path:
     """Downloads of a suite are kept here: $KVBENCH_CACHE, or a folder in the user's cache folder."""
     own = os.environ.get("KVBENCH_CACHE")
-    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return (Path(own).expanduser() if own else base / "kv-eviction-bench") / suite
+    return (Path(own).expanduser() if own else user_cache() / "kv-eviction-bench") / suite
 
 
 def download(url: str, target: Path, setting: str, check: Callable[[bytes], object], largest: int, advice: str) -> None:

@@ -3,12 +3,18 @@
 Unpacking a GGUF takes ten to twenty seconds, so the result is kept as safetensors in the user's cache folder.
 """
 
+import fcntl
+import glob
 import hashlib
 import importlib.util
+import json
 import logging
 import os
 import shutil
 import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +29,17 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from evals.downloads import user_cache
 from src.errors import InputError
+from src.fingerprint import ModelFiles, digest_of, read_files, sha256
 
 log = logging.getLogger(__name__)
 
 CACHE_NAME = "kv-eviction-bench"
 CONVERSION = 2  # raise when the conversion below changes, so that older copies are not used
+DIGESTS = "unpacked.sha256"  # in a copy: name -> size and SHA-256 of every file (not *.json, which is a model's own)
+WHOLE, LOCK = "whole", ".lock"  # in a work folder: the copy, and what is locked while it is made
+OLD_SECONDS = 3600.0
 
 
 def package_file(name: str) -> Path:
@@ -49,15 +60,69 @@ def package_file(name: str) -> Path:
 
 
 def cached_copy(gguf: Path) -> Path:
-    """The folder with this GGUF file unpacked to safetensors; unpacks it on first use.
+    """The folder of `unpacked`."""
+    return unpacked(gguf).folder
+
+
+def unpacked(gguf: Path) -> ModelFiles:
+    """The folder with this GGUF file unpacked to safetensors; unpacks it on first use, and again if it is damaged.
+
+    Its fingerprint is that of the GGUF file and of how we convert it: the same on every machine, whatever a version
+    of transformers writes into a configuration.
 
     Safe for processes that start together: each unpacks into a folder of its own, and the first to rename it
-    into place wins. A folder of the final name is therefore always complete.
+    into place wins. A folder of the final name is therefore complete; that it still is what was unpacked is
+    verified on every use against the digests beside it.
     """
-    target = cache_folder() / f"{gguf.stem}-{fingerprint(gguf)}"
-    if target.is_dir():
-        return target
-    log.warning("unpacking %s once into %s", gguf.name, target)
+    content = sha256(gguf)
+    name = digest_of([content, CONVERSION])
+    target = cache_folder() / f"{gguf.stem}-{copy_key(gguf, content)}"
+    remove_leftovers(target.parent, gguf.stem)
+    if files := sound(target, name):
+        return files
+    if os.path.lexists(target):
+        log.warning("%s is damaged or of an earlier version; unpacking %s again", target, gguf.name)
+    else:
+        log.warning("unpacking %s once into %s", gguf.name, target)
+    with workplace(target) as work:
+        try:
+            model, tokenizer = unpack(gguf)
+            whole = work / WHOLE
+            model.save_pretrained(whole)
+            tokenizer.save_pretrained(whole)
+            (whole / DIGESTS).write_text(json.dumps(read_files(whole).digests, indent=2), encoding="utf-8")
+            put(whole, target)
+            return read_files(target, fingerprint=name)
+        except Exception as error:  # a damaged file, a full disk, an architecture that transformers cannot unpack
+            cause = str(error).strip().splitlines() or [type(error).__name__]
+            raise InputError(f"{gguf}: cannot be unpacked into {target.parent} ({cause[0]})") from error
+
+
+def sound(target: Path, fingerprint: str = "") -> ModelFiles | None:
+    """The copy's files if every one is as it was unpacked: none damaged, cut, missing or added."""
+    try:
+        recorded = json.loads((target / DIGESTS).read_text(encoding="utf-8"))
+        files = read_files(target, fingerprint=fingerprint)
+    except (OSError, ValueError, InputError):
+        return None
+    return files if files.digests == recorded else None
+
+
+def put(whole: Path, target: Path) -> None:
+    """Rename a finished copy into place, unless another process was first; a damaged one there makes room."""
+    try:
+        whole.rename(target)
+    except OSError:
+        if not os.path.lexists(target):  # anything but "something is there"
+            raise
+        if not sound(target):
+            target.rename(whole.with_name("damaged"))
+            whole.rename(target)
+
+
+@contextmanager
+def workplace(target: Path) -> Iterator[Path]:
+    """A folder beside the target, removed at the end. Its lock tells the others that somebody is at work."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
@@ -66,31 +131,45 @@ def cached_copy(gguf: Path) -> Path:
             f"XDG_CACHE_HOME: {target.parent} cannot be written ({error}); set it to a folder that can"
         ) from error
     try:
-        model, tokenizer = unpack(gguf)
-        model.save_pretrained(work)
-        tokenizer.save_pretrained(work)
-        try:
-            work.rename(target)
-        except OSError:
-            if not target.is_dir():  # anything but "another process was first"
-                raise
-    except Exception as error:  # a damaged file, a full disk, an architecture that transformers cannot unpack
-        cause = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"{gguf}: cannot be unpacked into {target.parent} ({cause[0]})") from error
+        with hold(work):
+            yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return target
+
+
+@contextmanager
+def hold(work: Path) -> Iterator[bool]:
+    """Lock a work folder; False where another process holds it."""
+    with (work / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        except OSError:  # a file system without locks: only age tells
+            yield True
+        else:
+            yield True
+
+
+def remove_leftovers(folder: Path, stem: str) -> None:
+    """Remove what killed unpackings left (half a gigabyte each): old, and held by nobody."""
+    for work in folder.glob(f".{glob.escape(stem)}-*"):
+        try:
+            if time.time() - work.stat().st_mtime > OLD_SECONDS:
+                with hold(work) as free:
+                    if free:
+                        shutil.rmtree(work, ignore_errors=True)
+        except OSError:
+            continue  # another process was faster, or it is not ours
 
 
 def cache_folder() -> Path:
-    """Where unpacked copies are kept: $XDG_CACHE_HOME or ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / CACHE_NAME
+    """Where unpacked copies are kept: in $XDG_CACHE_HOME or ~/.cache."""
+    return user_cache() / CACHE_NAME
 
 
-def fingerprint(gguf: Path) -> str:
+def copy_key(gguf: Path, content: str) -> str:
     """What an unpacked copy depends on: the file itself, the version that unpacked it, and how."""
-    with gguf.open("rb") as file:
-        content = hashlib.file_digest(file, "sha256").hexdigest()
     key = f"{gguf.stat().st_size} {content} {transformers.__version__} {CONVERSION}"
     return hashlib.sha256(key.encode()).hexdigest()[:16]
 

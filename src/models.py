@@ -17,8 +17,9 @@ from transformers.utils import logging as transformers_logging
 
 from evals.templates import DATE
 from src.chat import ChatForm, chat_form, thinking_mode
-from src.embedded import cache_folder, cached_copy, package_file
+from src.embedded import cache_folder, package_file, unpacked
 from src.errors import InputError
+from src.fingerprint import ModelFiles, digest_of, read_files
 from src.hub import snapshot
 from src.layer_kinds import TextLengths, check_kinds, check_lengths, text_limits
 from src.self_check import check_once
@@ -52,6 +53,8 @@ class LoadedModel:
     form_settings: dict[str, str] = field(
         default_factory=dict
     )  # what else changes its prompts or scores (for the hash)
+    fingerprint: str = ""  # of the content of all files that were read, or of a random model's shape
+    files: ModelFiles | None = None  # what was read; none of random weights
 
     @property
     def vocab_size(self) -> int:
@@ -77,16 +80,19 @@ def load_model(cfg: Mapping[str, Any] | DictConfig) -> LoadedModel:
     name = model_name(settings)
     device = choose_device(str(settings["device"]))
     dtype = choose_dtype(str(settings["dtype"]), device)
+    files: ModelFiles | None = None
     if settings["like"]:
         model, tokenizer, settings = build_random(settings, dtype, device)
         source = f"random weights in the shape of {settings['like']}"
+        fingerprint = str(settings["fingerprint"])
     else:
-        folder, source = find_weights(settings)
-        check_folder(folder)
+        files, source = find_weights(settings)
+        folder, fingerprint = files.folder, files.fingerprint
         tokenizer = load_tokenizer(folder, bool(settings["trust_remote_code"]))
         config = load_config(folder, bool(settings["trust_remote_code"]))
         check_config(config, settings, folder)
         model = load_weights(folder, dtype, device, bool(settings["trust_remote_code"]))
+        files.refuse(files.changed())
     model.eval().requires_grad_(False)
     if settings["chat_template"]:
         tokenizer.chat_template = settings["chat_template"]
@@ -120,6 +126,8 @@ def load_model(cfg: Mapping[str, Any] | DictConfig) -> LoadedModel:
         thinking_note=form.thinking_note,
         date=str(settings["date"]),
         form_settings=form.settings,
+        fingerprint=fingerprint,
+        files=files,
     )
 
 
@@ -229,27 +237,28 @@ def first_line(error: BaseException) -> str:
 # ---- weights -------------------------------------------------------------------------------------------
 
 
-def find_weights(settings: Mapping[str, Any]) -> tuple[Path, str]:
-    """The folder to load from (path, installed package or hub, in this order) and a name for the record."""
+def find_weights(settings: Mapping[str, Any]) -> tuple[ModelFiles, str]:
+    """The files to load from (path, installed package or hub, in this order) and a name for the record."""
+    with_code = bool(settings["trust_remote_code"])
     if settings["path"]:
         path = Path(str(settings["path"])).expanduser()
         if path.is_file() and path.suffix == ".gguf":
-            return cached_copy(path), str(path)
+            return unpacked(path), str(path)
         if not path.is_dir():
             raise InputError(
                 f"model.path={path}: no such folder; it must hold config.json, a tokenizer and *.safetensors"
             )
-        return path, str(path)
+        return read_files(check_folder(path), with_code), str(path)
     if settings["package_file"]:
-        return cached_copy(package_file(str(settings["package_file"]))), str(settings["package_file"])
+        return unpacked(package_file(str(settings["package_file"]))), str(settings["package_file"])
     if settings["hub_id"]:
-        folder = snapshot(settings["hub_id"], settings["revision"], bool(settings["trust_remote_code"]))
-        return folder, f"{settings['hub_id']}@{folder.name}"
+        folder = snapshot(settings["hub_id"], settings["revision"], with_code)
+        return read_files(check_folder(folder), with_code), f"{settings['hub_id']}@{folder.name}"
     raise InputError("model.path=null: give model.path=FOLDER (or model.hub_id=OWNER/NAME)")
 
 
-def check_folder(folder: Path) -> None:
-    """Say what a folder lacks before anything is read from it."""
+def check_folder(folder: Path) -> Path:
+    """The folder; says what it lacks before anything is read from it."""
     if not any(folder.glob("*.safetensors")):
         pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
         reason = f"only {pickles[0]}, a pickle, which is never opened" if pickles else "no *.safetensors"
@@ -258,6 +267,7 @@ def check_folder(folder: Path) -> None:
         )
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: no config.json; a model folder holds it beside the weights")
+    return folder
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Tokenizer:
@@ -342,7 +352,9 @@ def build_random(
                 f"model.layers={layers}: valid are 1 to {shape['num_hidden_layers']}, or null for all of them"
             )
         shape["num_hidden_layers"] = layers
-    tokenizer = load_tokenizer(cached_copy(package_file(str(settings["package_file"]))))
+    borrowed = unpacked(package_file(str(settings["package_file"])))
+    tokenizer = load_tokenizer(borrowed.folder)
+    settings["fingerprint"] = digest_of([shape, borrowed.fingerprint])
     for key in ("context_length", "max_prompt_tokens"):
         settings[key] = settings[key] or original.get(key)
     config = AutoConfig.for_model(**shape)

@@ -26,6 +26,7 @@ from evals.visible import visible
 from src.binding import bind
 from src.chosen import has_chosen, save_chosen
 from src.cluster import distributed
+from src.earlier import begun_anew
 from src.engine import Engine
 from src.environment import environment
 from src.errors import InputError
@@ -48,6 +49,13 @@ def loaded(model: str) -> LoadedModel:
     """The model of a config given as JSON; kept for the next job of the same process (`-m`)."""
     loaded.cache_clear()  # the one before goes first: two may not fit on a device
     return load_model(json.loads(model))
+
+
+def current(model: str) -> LoadedModel:
+    """The same; loaded again if its files changed since the job before."""
+    if (files := loaded(model).files) and files.changed():
+        loaded.cache_clear()
+    return loaded(model)
 
 
 @dataclass
@@ -83,21 +91,25 @@ class Session:
                 raise InputError(f"policy={cell.shown}: looks at the reference answer; valid with fidelity=true only")
         self.samples = self._samples()
         tracking = Tracking(**cfg.wandb)
-        self.model = loaded(json.dumps(OmegaConf.to_container(cfg.model, resolve=True), sort_keys=True))
+        self.model = current(json.dumps(OmegaConf.to_container(cfg.model, resolve=True), sort_keys=True))
         self.beyond_context = self._check_lengths()
         every = cfg.kept_over_time
         self.engine = TracingEngine(self.model.model, lanes, every) if every else Engine(self.model.model, lanes)
         self.interrupted = False
         self.failed = 0
+        folders: list[tuple[CellConfig, RunFolder]] = []
+        self.anew: list[str] = []  # why folders begin anew
         self.without_positions = 0  # finished samples that run again
         self.unfinished = 0  # thoughts
         self.faults: Counter[str] = Counter()  # of policies, by the line that says so
-        folders = []
         with ExitStack() as opened:  # if the last cell's folder is refused, the others' are free again
             for cell in bind(cells, self.model):
                 folders.append((cell, self._open(cell)))
                 opened.callback(folders[-1][1].close)
             opened.pop_all()
+        if self.anew:
+            more = f" (and {len(self.anew) - 1} more)" if self.anew[1:] else ""
+            log.warning("%s%s", self.anew[0], more)
         self.cells = [Cell(cell, folder, self._track(cell, folder, tracking)) for cell, folder in folders]
 
     def _check_lengths(self) -> bool:
@@ -209,7 +221,10 @@ class Session:
                     open_cells[request.name] = len(missing)
                     yield Job(request, [c.config.variant for c in missing])
 
+        files = self.model.files if self.model.device.type == "cpu" else None  # elsewhere the weights are a copy
         for result in self.engine.run(jobs(), stop=lambda: self.interrupted):
+            if files:
+                files.refuse(files.overwritten())
             record = to_record(prepared[result.request.name], result, self.model, self.cfg)
             kept = None if result.error else Kept(result.kept_prompt, result.kept_end)
             trace = self.engine.trace(result) if isinstance(self.engine, TracingEngine) else None
@@ -251,6 +266,8 @@ class Session:
     def _open(self, cell: CellConfig) -> RunFolder:
         settings = self._settings(cell)
         path = run_path(self.cfg.output_root, self.model.name, cell.label, cell.budget_name, settings)
+        if line := begun_anew(path, settings):
+            self.anew.append(line)
         grid = ("policies", "budgets", "max_lanes")  # a cell's config does not depend on the grid it was part of
         config = {k: v for k, v in self.cfg.items() if k not in grid}
         config |= {"policy": cell.options, "budget": cell.given}
@@ -279,6 +296,7 @@ class Session:
             "model": {
                 "name": model.name,
                 "source": model.source,
+                "fingerprint": model.fingerprint,
                 "dtype": str(model.dtype).removeprefix("torch."),
                 "chat": model.chat,
                 "chat_template": cfg.model.chat_template,
@@ -314,6 +332,7 @@ class Session:
             "random_weights": self.model.random_weights,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "weights": self.model.source,
+            "model_fingerprint": self.model.fingerprint,
             "task_versions": {s.task.name: s.task.version for s in self.samples},
         }
 

@@ -83,6 +83,7 @@ def test_predictions_and_metrics(base: list[str]) -> None:
     assert found["speed"]["decode_tokens_per_second"] == pytest.approx(steps / seconds, rel=1e-3)
     assert found["speed"]["lanes"] == 4 and found["speed"]["prefill_seconds"] > 0
     assert found["comparability"].pop("weights").endswith("tiny-llama")
+    assert re.fullmatch("[0-9a-f]{16}", found["comparability"].pop("model_fingerprint"))
     assert found["comparability"] == {
         "max_prompt_tokens": 200,
         "chat_template": True,

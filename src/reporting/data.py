@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from src.errors import InputError
-from src.reporting.runs import Key, Run, budget_order, check_comparable, find_runs, label_runs, load_run
+from src.reporting.runs import FINGERPRINT, Key, Run, budget_order, check_comparable, find_runs, label_runs, load_run
 from src.statistics import Array
 
 
@@ -94,6 +94,7 @@ def make_study(folders: Sequence[Path], baseline: str | None = None) -> Study:
         for run in runs
         if (missing := run.metrics.get("missing"))
     ]
+    warnings += _unknown_weights(runs)
     warnings += more + _sample_warnings(runs, keys, scores, task_of)
     chosen = _choose_baseline(runs, baseline)
     comparability = dict(runs[0].metrics.get("comparability") or {})
@@ -142,6 +143,17 @@ def _single_full(runs: list[Run]) -> tuple[list[Run], list[str]]:
     dropped = [r.folder for r in full[1:]]
     notes = [f"{path.name} is left out: {full[0].folder.name} already holds the full cache." for path in dropped]
     return [r for r in runs if r.folder not in dropped], notes
+
+
+def _unknown_weights(runs: Sequence[Run]) -> list[str]:
+    """Runs of versions that did not record what the model's files held."""
+    unknown = [r for r in runs if not (r.metrics.get("comparability") or {}).get(FINGERPRINT)]
+    if not unknown or len(unknown) == len(runs):
+        return []
+    return [
+        f"{len(unknown)} of {len(runs)} runs, {unknown[0].folder.name} first, do not say which model files they were "
+        "made with (an earlier version); that all runs are of the same weights cannot be checked."
+    ]
 
 
 def _choose_baseline(runs: Sequence[Run], wanted: str | None) -> str | None:

@@ -27,6 +27,7 @@ from src.seal import one_line
 
 Key = tuple[str, str, str]  # task, id, prompt hash: what makes two runs' samples the same sample
 CONF = Path(__file__).resolve().parents[2] / "conf"
+FINGERPRINT = "model_fingerprint"  # among the comparability fields: what the model's files held
 # Settings that choose where and how much is run, not what comes out of a sample.
 NOT_AN_OUTCOME = {
     "tasks",
@@ -142,6 +143,8 @@ def check_comparable(runs: Sequence[Run]) -> None:
             a, b = ours.get(name, "not recorded"), theirs.get(name, "not recorded")
             if name.startswith("task_versions.") and "not recorded" in (a, b):
                 continue  # other tasks are no conflict
+            if name == FINGERPRINT and "not recorded" in (a, b):
+                continue  # a run of an earlier version: read, with a warning
             if a != b:
                 raise InputError(
                     f"{name}: {_plain(a)} in {first.folder.name}, {_plain(b)} in {run.folder.name}; runs "
