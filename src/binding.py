@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
-
 from policies.base import ModelShape
+from src.digest import digest
 from src.errors import InputError
 from src.jobs import Variant
+from src.layer_kinds import first_layer
 from src.models import LoadedModel
 from src.settings import CellConfig
 
 
 def shape_of(model: LoadedModel) -> ModelShape:
     """What a policy may know about a model."""
-    config = model.model.config.get_text_config()
+    config = first_layer(model.model.config)
     heads = config.num_attention_heads
     return ModelShape(
         name=model.name,
@@ -28,12 +27,6 @@ def shape_of(model: LoadedModel) -> ModelShape:
         device=model.device,
         weights=digest(model.model),
     )
-
-
-def digest(model: torch.nn.Module) -> str:
-    """Of a few numbers of every parameter, as bfloat16: equal for one checkpoint in float32 and in bfloat16."""
-    parts = [weight.detach().flatten()[:64].to(torch.bfloat16).float().cpu() for weight in model.parameters()]
-    return hashlib.sha256(torch.cat(parts).numpy().tobytes()).hexdigest()[:16]
 
 
 def bind(cells: Sequence[CellConfig], model: LoadedModel) -> list[CellConfig]:

@@ -96,6 +96,7 @@ RULES: dict[str, Rule] = {
     "model.template_kwargs": (lambda value: isinstance(value, dict), "a mapping, e.g. {enable_thinking: false}"),
     "model.stop_tokens": texts(),
     "model.trust_remote_code": SWITCH,
+    "model.self_check": SWITCH,
     "wandb.mode": one_of(WANDB),
     "wandb.project": text("the key's default"),
     "wandb.entity": text("the key's default"),

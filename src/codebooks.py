@@ -124,7 +124,7 @@ def sample_keys(model: Any, texts: list[list[int]]) -> list[Tensor]:
         collector = KeyCollector(len(ids))
         positions = torch.arange(len(ids), device=model.device)[None]
         batch = torch.tensor([ids], device=model.device)
-        model(batch, position_ids=positions, use_cache=False, logits_to_keep=1, lanes=collector)
+        attention.forward(model, batch, positions, collector, logits_to_keep=1)
         parts.append(collector.keys)
     return [torch.cat(layer, dim=1) for layer in zip(*parts, strict=True)]
 

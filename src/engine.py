@@ -21,6 +21,7 @@ from src.fidelity import FidelityMeter
 from src.foresight import foresee
 from src.jobs import Generation, Job, Request, Variant
 from src.lanes import Cell, Fork, LaneBatch, Pool, Prefill, RotateLayer
+from src.layer_kinds import TextLengths, check_kinds
 from src.memory import MemoryMeter, is_out_of_memory
 from src.rotary import Rotary
 
@@ -76,12 +77,17 @@ class Engine:
     Args:
         model: any model whose attention goes through transformers' attention interface.
         max_lanes: the most lanes decoded together. At least one prompt's lanes always are.
+
+    Raises:
+        InputError: the model has layers that cannot be served (`src.layer_kinds`).
     """
 
     def __init__(self, model: PreTrainedModel, max_lanes: int = 8) -> None:
-        model.set_attn_implementation(attention.NAME)
         self.model, self.max_lanes = model.eval(), max_lanes
+        check_kinds(model.config)
+        self.lengths = TextLengths.of(model)
         self.layers = model.config.get_text_config().num_hidden_layers
+        model.set_attn_implementation(attention.NAME)
         self.rotary = Rotary(model)
         self.memory = MemoryMeter(model.device)
 
@@ -95,12 +101,15 @@ class Engine:
             A `Generation` as soon as its lane has finished; one with `error` when memory ran out even alone.
 
         Raises:
-            InputError: an empty prompt, a model that cannot be served, logits that are not numbers.
+            InputError: an empty prompt, a text that `refusal` has something against, a model that cannot be served,
+                logits that are not numbers.
         """
         wave: list[Job] = []
         most, fitting = self.max_lanes, 0
         for job in jobs:
-            if wave and sum(j.lanes for j in (*wave, job)) > most:
+            # Texts on both sides of a switch of rotary frequencies would get one side's for all.
+            apart = bool(wave) and self._long(wave[0].request) != self._long(job.request)
+            if wave and (apart or sum(j.lanes for j in (*wave, job)) > most):
                 fitted = yield from self._wave(wave, stop)
                 # A wave as wide would fail again, unless one long prompt was to blame: then it may be tried later.
                 fitting = fitting + 1 if fitted else 0
@@ -112,6 +121,13 @@ class Engine:
             wave.append(job)
         if wave:
             yield from self._wave(wave, stop)
+
+    def refusal(self, request: Request) -> str | None:
+        """Why a text cannot be served (too long for a window, table or rotary set); None: it can."""
+        return self.lengths.refusal(*span(request))
+
+    def _long(self, request: Request) -> bool:
+        return self.lengths.long(span(request)[1])
 
     def _wave(self, jobs: list[Job], stop: Callable[[], bool]) -> Generator[Generation, None, bool]:
         """One wave; when memory runs out, what is unfinished is tried again in halves. Returns whether it fitted."""
@@ -154,6 +170,8 @@ class Engine:
         scope = len(request.ids) if request.context_tokens is None else request.context_tokens
         if scope < 1:
             raise InputError(f"sample {request.name}: the prompt is empty; valid: at least one token")
+        if reason := self.refusal(request):
+            raise InputError(f"sample {request.name}: {reason}")
         cells = [v.cell(scope, len(request.ids) - scope + request.max_new_tokens) for v in job.variants]
         if request.reference and not any(isinstance(cell.policy, Full) for cell in cells):
             cells.append(Cell(Full(), scope))  # what the others are compared with
@@ -162,7 +180,7 @@ class Engine:
         self.memory.start()
         ids = torch.tensor([request.ids[:scope]], device=self.model.device)
         positions = torch.arange(scope, device=ids.device)[None]
-        logits = self.model(ids, position_ids=positions, use_cache=False, logits_to_keep=1, lanes=prefill).logits[:, -1]
+        logits = attention.forward(self.model, ids, positions, prefill, logits_to_keep=1)[:, -1]
         token = int(choose(logits.clone(), [(request, 0)])[0])  # fidelity needs them unchanged
         self.memory.stop("prefill")
         seconds = time.perf_counter() - started
@@ -232,9 +250,7 @@ class Engine:
         batch.position = torch.tensor(where, device=self.model.device, dtype=torch.int32)
         batch.longest = max(where) + 1
         ids = torch.tensor([[lane.next_input()] for lane in lanes], device=self.model.device)
-        logits = self.model(ids, position_ids=batch.position[:, None].long(), use_cache=False, lanes=batch).logits[
-            :, -1
-        ]
+        logits = attention.forward(self.model, ids, batch.position[:, None].long(), batch)[:, -1]
         batch.t += 1
         meter.watch_logits(logits)
         chosen = choose(logits, [(lane.result.request, len(lane.result.tokens)) for lane in lanes]).tolist()
@@ -257,6 +273,12 @@ class Engine:
             f"sample {request.name}: logits after {where} are not numbers, first seen in {first}; "
             "valid: finite weights, and a model.dtype that holds them (bfloat16 or float32)"
         )
+
+
+def span(request: Request) -> tuple[int, int]:
+    """Tokens of the first forward pass, and the most that are ever read: the last new token is not."""
+    first = len(request.ids) if request.context_tokens is None else request.context_tokens
+    return first, len(request.ids) + request.max_new_tokens - 1
 
 
 REFERENCE = Variant(Full(), None)  # the full-cache lane that exists only to be compared with

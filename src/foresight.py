@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from src.attention import forward
 from src.errors import InputError
 from src.jobs import Job, Request
 from src.prompt_attention import PromptAttention
@@ -46,7 +47,7 @@ def foresee(
         watch = AnswerPass(scope, len(job.request.ids) + len(answer) - 1)
         ids = torch.tensor([[*job.request.ids, *answer[:-1]]], device=model.device)  # the last one is never read
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        model(ids, position_ids=positions, use_cache=False, logits_to_keep=1, lanes=watch)
+        forward(model, ids, positions, watch, logits_to_keep=1)
         found[kind] = watch.received
     return [dict(zip(found, layer, strict=True)) for layer in zip(*found.values(), strict=True)]
 

@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
-from src.embedded import cached_copy, package_file
+from src.embedded import cache_folder, cached_copy, package_file
 from src.errors import InputError
 from src.hub import snapshot
+from src.layer_kinds import TextLengths, check_kinds, check_lengths, text_limits
+from src.self_check import check_once
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +48,7 @@ class LoadedModel:
     @property
     def vocab_size(self) -> int:
         """Valid token ids are below it."""
-        return int(self.model.config.vocab_size)
+        return int(self.model.config.get_text_config().vocab_size)
 
     def newline_ids(self) -> frozenset[int]:
         """The token that ends an answer of one line, as LongBench finds it: the last one of "\\n" encoded."""
@@ -74,6 +76,8 @@ def load_model(cfg: Mapping[str, Any] | DictConfig) -> LoadedModel:
         folder, source = find_weights(settings)
         check_folder(folder)
         tokenizer = load_tokenizer(folder, bool(settings["trust_remote_code"]))
+        config = load_config(folder, bool(settings["trust_remote_code"]))
+        check_config(config, settings, folder)
         model = load_weights(folder, dtype, device, bool(settings["trust_remote_code"]))
     model.eval().requires_grad_(False)
     if settings["chat_template"]:
@@ -83,14 +87,17 @@ def load_model(cfg: Mapping[str, Any] | DictConfig) -> LoadedModel:
             f"model.chat=true: the tokenizer of {name} has no chat template; "
             "set model.chat=false (a base model) or model.chat_template"
         )
-    context = int(settings["context_length"] or model.config.max_position_embeddings)
+    context = context_length(settings, model.config)
+    limit = prompt_limit(settings["max_prompt_tokens"], context)
+    check_lengths(TextLengths.of(model).limits, limit)
+    self_check(model, settings)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
         name=name,
         # Random weights never mean to stop, and a run that times them should not stop by chance.
         stop_ids=frozenset() if settings["like"] else stop_ids(model, tokenizer, settings["stop_tokens"]),
-        max_prompt_tokens=prompt_limit(settings["max_prompt_tokens"], context),
+        max_prompt_tokens=limit,
         context_length=context,
         random_weights=bool(settings["like"]),
         dtype=dtype,
@@ -173,6 +180,17 @@ def prompt_limit(value: int | None, context: int) -> int:
     return limit
 
 
+def context_length(settings: Mapping[str, Any], config: PreTrainedConfig) -> int:
+    """Positions the model was made for: the setting, or what its config (for text, if it has several) says."""
+    said = settings["context_length"] or getattr(config.get_text_config(), "max_position_embeddings", None)
+    if not said:
+        raise InputError(
+            "model.context_length=null: the model's config has no max_position_embeddings; "
+            "valid: the number of positions it was trained for"
+        )
+    return int(said)
+
+
 def stop_ids(model: PreTrainedModel, tokenizer: Tokenizer, stop_tokens: Sequence[str]) -> frozenset[int]:
     """Every way this model ends an answer. One alone is not enough: Llama 3 chats end with <|eot_id|>."""
     found: set[int] = set()
@@ -234,6 +252,34 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Tokenizer:
         raise InputError(f"{folder}: its tokenizer cannot be loaded ({first_line(error)})") from error
 
 
+def load_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # damaged, or of a model that this transformers does not know
+        raise InputError(f"{folder}: cannot be loaded ({first_line(error)})") from error
+    return config
+
+
+def check_config(config: PreTrainedConfig, settings: Mapping[str, Any], folder: Path) -> None:
+    """Refuse what cannot be served before its weights are read."""
+    try:
+        check_kinds(config)
+    except InputError as error:
+        raise InputError(f"{folder}: {error}") from None
+    limit = prompt_limit(settings["max_prompt_tokens"], context_length(settings, config))
+    check_lengths(text_limits(config), limit)
+
+
+def self_check(model: PreTrainedModel, settings: Mapping[str, Any]) -> None:
+    """The full cache against the plain model (`src.self_check`), or a look at the layers only."""
+    # Random weights mean nothing, and with billions of them a CPU would need minutes.
+    huge = settings["like"] and model.device.type == "cpu" and model.num_parameters() > 1e9
+    try:
+        check_once(model, cache_folder() / "self-check", compare=bool(settings["self_check"]) and not huge)
+    except InputError as error:
+        raise InputError(f"{model_name(settings)}: {error}") from None
+
+
 def load_weights(folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> PreTrainedModel:
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -249,12 +295,19 @@ def load_weights(folder: Path, dtype: torch.dtype, device: torch.device, trust_r
     model, report = loaded
     if missing := sorted(report["missing_keys"]):  # transformers would only warn, and fill in random numbers
         raise InputError(f"{folder}: {len(missing)} weights are missing, the first is {missing[0]}")
-    if not getattr(model, "_supports_attention_backend", True):
+    if not can_plug_in(model):
         raise InputError(
             f"{folder}: model type {model.config.model_type} computes attention in code of its own, so no "
-            "cache policy can be plugged in; Llama, Mistral, Qwen, Gemma and Phi3 models are known to work"
+            "cache policy can be plugged in; valid: Llama, Mistral, Qwen, Gemma, Phi3 and others that use "
+            "transformers' attention interface"
         )
     return model
+
+
+def can_plug_in(model: PreTrainedModel) -> bool:
+    """Whether transformers would let this model's attention be replaced; it only warns where it does not."""
+    asked: Any = getattr(model, "_can_set_attn_implementation", None)
+    return asked is None or bool(asked())
 
 
 def build_random(

@@ -85,6 +85,8 @@ def to_record(one: Prepared, result: Generation, model: LoadedModel, cfg: DictCo
         **record,
         "prediction": prediction,
         "new_tokens": len(result.tokens),
+        # Only where the text went beyond the positions that the model was made for, and by how many tokens.
+        **({"beyond_context": beyond} if (beyond := beyond_context(one, result, model)) > 0 else {}),
         "finish": result.finish,
         "score": score_sample(sample.task, prediction, sample.answers, sample.all_classes, cfg.edit_similarity),
         "extra_scores": extra_scores(sample.task, prediction, sample.answers),
@@ -103,6 +105,10 @@ def to_record(one: Prepared, result: Generation, model: LoadedModel, cfg: DictCo
         **result.extra,
         "error": None,
     }
+
+
+def beyond_context(one: Prepared, result: Generation, model: LoadedModel) -> int:
+    return len(one.ids) + len(result.tokens) - model.context_length
 
 
 def malformed_record(sample: Sample) -> dict[str, Any]:

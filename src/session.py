@@ -6,6 +6,7 @@ samples -> prompts -> which cells still lack them -> engine -> one record per ce
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import sys
 import threading
@@ -26,8 +27,9 @@ from src.cluster import distributed
 from src.engine import Engine
 from src.environment import environment
 from src.errors import InputError
-from src.jobs import Job
+from src.jobs import Generation, Job
 from src.kept_over_time import made_with, trace_path
+from src.layer_kinds import TextLengths, check_lengths
 from src.models import LoadedModel, load_model
 from src.progress import Progress
 from src.records import Kept, RunFolder, run_path
@@ -35,6 +37,8 @@ from src.samples import Prepared, malformed_record, prepare, refuse_missing_refe
 from src.settings import CellConfig
 from src.tracing import TracingEngine
 from src.tracking import Tracker, Tracking
+
+log = logging.getLogger(__name__)
 
 
 @lru_cache(maxsize=1)
@@ -78,6 +82,7 @@ class Session:
         self.samples = self._samples()
         tracking = Tracking(**cfg.wandb)
         self.model = loaded(json.dumps(OmegaConf.to_container(cfg.model, resolve=True), sort_keys=True))
+        self.beyond_context = self._check_lengths()
         every = cfg.kept_over_time
         self.engine = TracingEngine(self.model.model, lanes, every) if every else Engine(self.model.model, lanes)
         self.interrupted = False
@@ -89,6 +94,25 @@ class Session:
                 opened.callback(folders[-1][1].close)
             opened.pop_all()
         self.cells = [Cell(cell, folder, self._track(cell, folder, tracking)) for cell, folder in folders]
+
+    def _check_lengths(self) -> bool:
+        """Whether prompts and new tokens together may go beyond the positions the model was made for: warned of.
+
+        Raises:
+            InputError: they may be longer than the model can serve at all.
+        """
+        model = self.model
+        new = max((self.cfg.max_new_tokens or s.task.max_new_tokens for s in self.samples if not s.error), default=0)
+        check_lengths(TextLengths.of(model.model).limits, model.max_prompt_tokens, new)
+        longest = model.max_prompt_tokens + new
+        if longest <= model.context_length:
+            return False
+        log.warning(
+            "model.max_prompt_tokens=%d and %d new tokens may reach %d positions, the model was made for %d; "
+            "records of longer texts say so (beyond_context)",
+            model.max_prompt_tokens, new, longest, model.context_length,
+        )  # fmt: skip
+        return True
 
     def run(self) -> int:
         """All samples that any cell lacks; returns the exit code: 0, 1 (samples failed), 130 (interrupted).
@@ -158,6 +182,11 @@ class Session:
                         progress.skip(cell.config)
                 if missing:
                     request = to_request(one, self.model, self.cfg)
+                    if reason := self.engine.refusal(request):
+                        for cell in missing:
+                            failed = Generation(request, cell.config.variant, error=reason)
+                            self._keep(cell, to_record(one, failed, self.model, self.cfg), None, progress)
+                        continue
                     prepared[request.name] = one
                     yield Job(request, [c.config.variant for c in missing])
 
@@ -247,6 +276,7 @@ class Session:
             "prompt_scope": self.cfg.prompt_scope,
             "max_new_tokens": self.cfg.max_new_tokens,
             **self._min_new_tokens(),
+            **({"beyond_context": True} if self.beyond_context else {}),
             "random_weights": self.model.random_weights,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "weights": self.model.source,

@@ -1,0 +1,218 @@
+"""Does the full cache give what the plain model gives? Asked once per model, then remembered in the cache folder.
+
+The guard against what nobody foresaw: an architecture, or a new version of transformers, that wants something of its
+attention which neither its config nor its calls show. Two texts of random tokens, a short and a longer one, are read
+by the model as transformers runs it and by the engine, in one wave; their last tokens go through the cache one by one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from policies.full import Full
+from src.digest import digest
+from src.engine import Engine
+from src.errors import InputError
+from src.jobs import Job, Request, Variant
+from src.layer_kinds import TextLengths, listed
+
+log = logging.getLogger(__name__)
+
+LENGTHS = (6, 40)  # tokens of the two prompts: enough to mix heads and layers, and cheap
+STEPS = 2  # tokens read one by one after them
+# Largest relative difference of logits. In half precision rounding alone makes several per cent, and now and then
+# a mixture of experts chooses another expert; there the median over all compared tokens counts instead of the largest.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.1}
+PRECISE = (torch.float64, torch.float32)
+ENGINE = ("attention", "cache", "engine", "lanes", "self_check")  # a changed engine is checked anew
+
+
+def check_once(model: PreTrainedModel, folder: Path, compare: bool = True) -> None:
+    """The check, unless it is known to pass.
+
+    Args:
+        folder: where passed checks are remembered.
+        compare: False looks only whether the model's layers come to the engine as they must, on a few tokens.
+
+    Raises:
+        InputError: the model cannot be served, or its numbers differ; it names the model type and the layers.
+    """
+    passed = folder / fingerprint(model)
+    if passed.is_file():
+        return
+    with implementation_restored(model):
+        if compare:
+            compare_with_plain(model)
+        else:
+            run_engine(model, [random_text(model.config, LENGTHS[0])])
+    if compare:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            passed.write_text(model.config.get_text_config().model_type + "\n", encoding="utf-8")
+        except OSError as error:  # nothing is lost: the next run checks again
+            log.info("the self-check is not remembered (%s)", error)
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """What a passed check depends on: config, weights, precision, device, versions, and the engine's own code."""
+    here = Path(__file__).parent
+    code = b"".join((here / f"{name}.py").read_bytes() for name in ENGINE)
+    parts = (
+        model.config.to_json_string(use_diff=False),
+        digest(model),
+        str(model.dtype),
+        model.device.type,
+        transformers.__version__,
+        torch.__version__,
+    )
+    return hashlib.sha256("\n".join(parts).encode() + code).hexdigest()[:32]
+
+
+def compare_with_plain(model: PreTrainedModel) -> None:
+    """Engine against plain model, token by token.
+
+    Raises:
+        InputError: logits differ by more than rounding; it names the first layer whose output does.
+    """
+    config = model.config.get_text_config()
+    texts = [random_text(model.config, n) for n in fitting(TextLengths.of(model))]
+    with torch.inference_mode(), Recorder(model) as plain:
+        for text in texts:
+            model(torch.tensor([text], device=model.device), use_cache=False)
+    with Recorder(model) as engine:
+        run_engine(model, texts)
+    expected = [each[0, -STEPS - 1 :] for each in plain.logits]
+    found = lanes_of(engine.logits, len(texts))
+    errors = torch.cat([difference(a, b) for a, b in zip(found, expected, strict=True)])
+    error = float(errors.max() if model.dtype in PRECISE else errors.median())
+    if (
+        error <= TOLERANCE[model.dtype]
+    ):  # then two tokens can only change places where their logits are as good as equal
+        return
+    raise InputError(
+        f"model.self_check: model type {config.model_type}, texts of {', '.join(str(len(t)) for t in texts)} tokens: "
+        f"logits with the full cache differ from the plain model's by {error:.1e} (valid: {TOLERANCE[model.dtype]:g}), "
+        f"first {blame(model, plain, engine, len(texts))}; "
+        "valid: a model that the engine reproduces, or model.self_check=false to go on all the same"
+    )
+
+
+def run_engine(model: PreTrainedModel, texts: list[list[int]]) -> None:
+    """All texts in one wave: the last tokens are fed as a question after the cut (`prompt_scope=context`)."""
+    full = Variant(Full(), None)
+    jobs = [
+        Job(Request(f"self-check of {len(t)} tokens", t, frozenset(), 1, context_tokens=len(t) - STEPS), [full])
+        for t in texts
+    ]
+    for result in Engine(model, len(jobs)).run(jobs):
+        if result.error:
+            raise InputError(f"model.self_check: {result.error}")
+
+
+def fitting(lengths: TextLengths) -> list[int]:
+    """Tokens of the texts, shorter where the model serves only shorter ones."""
+    most = min(
+        [limit.tokens for limit in lengths.limits] + ([lengths.switch] if lengths.switch else []), default=1 << 62
+    )
+    return [max(STEPS + 1, min(n + STEPS, most - 1)) for n in LENGTHS]
+
+
+def random_text(config: PreTrainedConfig, length: int) -> list[int]:
+    """Token ids, always the same; none that the config names (image tokens, padding)."""
+    text = config.get_text_config()
+    special = {
+        value
+        for each in (config, text)
+        for name, value in each.to_dict().items()
+        if ("token_id" in name or "token_index" in name) and isinstance(value, int)
+    }
+    generator = torch.Generator().manual_seed(length)
+    ids: list[int] = torch.randint(0, text.vocab_size, (length + 64,), generator=generator).tolist()
+    ordinary = [i for i in ids if i not in special]
+    return (ordinary or ids)[:length]
+
+
+class Recorder:
+    """Notes the logits of every forward pass, and the last outputs of every attention module."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.logits: list[Tensor] = []
+        self.outputs: dict[str, list[Tensor]] = {}
+
+    def __enter__(self) -> Recorder:
+        self._hooks = [self.model.register_forward_hook(lambda m, a, out: self.logits.append(out.logits.float().cpu()))]
+        for name, module in attention_modules(self.model):
+            self._hooks.append(module.register_forward_hook(self._noting(self.outputs.setdefault(name, []))))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _noting(self, into: list[Tensor]) -> Any:
+        def note(module: nn.Module, given: Any, out: Any) -> None:
+            first = out[0] if isinstance(out, tuple) else out
+            if isinstance(first, Tensor) and first.dim() == 3:
+                into.append(first[:, -STEPS - 1 :].float().cpu())
+
+        return note
+
+
+def attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "layer_idx", None), int) and "attention" in type(module).__name__.lower():
+            yield name, module
+
+
+def lanes_of(passes: list[Tensor], texts: int) -> list[Tensor]:
+    """The engine's outputs as `(tokens, size)` per text: a pass per prompt, then passes over all lanes."""
+    prompts, steps = passes[:texts], passes[texts:]
+    return [torch.stack([prompts[i][0, -1], *(step[i, -1] for step in steps)]) for i in range(texts)]
+
+
+def difference(found: Tensor, expected: Tensor) -> Tensor:
+    """Per token, how far two vectors are apart, relative to how much the expected one varies: `(tokens,)`."""
+    spread = (expected - expected.mean(-1, keepdim=True)).norm(dim=-1)
+    return (found - expected).norm(dim=-1) / spread.clamp_min(1e-30)
+
+
+def blame(model: PreTrainedModel, plain: Recorder, engine: Recorder, texts: int) -> str:
+    """The first attention layer whose output differs, and its kind; or all kinds there are."""
+    config = model.config.get_text_config()
+    kinds = listed(config, "layer_types")
+    for name, module in attention_modules(model):
+        expected, passes = plain.outputs[name], engine.outputs[name]
+        layer: Any = module.layer_idx
+        kind = f"{kinds[layer]}, " if layer < len(kinds) else ""
+        if len(expected) != texts or len(passes) != texts + STEPS:
+            return (
+                f"in attention layer {layer} ({kind}{type(module).__name__}), which is called another number of times"
+            )
+        found = lanes_of(passes, texts)
+        errors = torch.cat([difference(a, b[0, -STEPS - 1 :]) for a, b in zip(found, expected, strict=True)])
+        if float(errors.max()) > TOLERANCE[model.dtype]:
+            return f"in attention layer {layer} ({kind}{type(module).__name__})"
+    return f"outside the attention layers (kinds: {', '.join(sorted({*map(str, kinds)})) or 'not named'})"
+
+
+@contextmanager
+def implementation_restored(model: PreTrainedModel) -> Iterator[None]:
+    """The engine sets its own attention implementation; afterwards all parts of the model have theirs again."""
+    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
+    before = [(config, config._attn_implementation) for config in configs.values()]
+    try:
+        yield
+    finally:
+        for config, name in before:
+            config._attn_implementation = name
