@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from src.attention import forward
 from src.errors import InputError
 from src.prompt_attention import precise
 
@@ -108,7 +109,7 @@ class Rotary:
         passes += [QueryPass(tokens, passes[0].outputs) for _ in shifts]
         for shift, one in zip((0, *shifts), passes, strict=True):
             positions = torch.arange(shift, shift + tokens, device=ids.device)[None]
-            self.model(ids, position_ids=positions, use_cache=False, logits_to_keep=1, lanes=one)
+            forward(self.model, ids, positions, one, logits_to_keep=1)
         sets = frequency_sets(self.model)
         by_width: dict[int, list[Turning]] = {}  # layers that turn alike share one way
         found: dict[int, Turning] = {}
