@@ -51,25 +51,26 @@ for axes, name, what in zip(panels, ("score", "kl"), ("score (0 to 100)", "KL(fu
     axes.set(xlabel="budget (entries per layer and KV head)", ylabel=what)
 panels[0].axhline(full["score"].iloc[0], color="0.0", linewidth=1)
 panels[0].text(tables.budgets[0], full["score"].iloc[0], "full cache", va="bottom", fontsize=7)
-panels[0].set_title(f"{tables.facts()}; grey band: 95 % of ahakv and snapkv", fontsize=8)
+figure.suptitle(f"{tables.facts()}; grey band: 95 % of ahakv and snapkv", fontsize=9)
 figure.legend(*panels[1].get_legend_handles_labels(), loc="outside right upper", fontsize=7, handlelength=3.5)
 lab.save(figure, "curves")
 
 # %% [markdown]
-# ## What it costs: bytes of keys and values
+# ## What it costs: bytes of keys, values and bookkeeping
 
 # %%
 figure, axes = plt.subplots(figsize=(7.5, 3.4))
 for label, rows in curves.items():
-    axes.plot(rows["kv_bytes"] / 2**20, rows["kl"], label=label)
+    axes.plot((rows["kv_bytes"] + rows["bookkeeping_bytes"]) / 2**20, rows["kl"], label=label)
 axes.set_xscale("log")
 axes.xaxis.set_major_formatter("{x:g}")
 axes.xaxis.set_minor_formatter("{x:g}")
-axes.set(xlabel="keys and values after the prompt (MiB)", ylabel="KL(full || policy) (nats)")
-axes.set_title(tables.facts())
+axes.set(xlabel="keys, values and bookkeeping after the prompt (MiB)", ylabel="KL(full || policy) (nats)")
+axes.set_title(tables.facts(), fontsize=9)
 figure.legend(loc="outside right upper", fontsize=7, handlelength=3.5)
 lab.save(figure, "bytes")
-print(f"full cache: {full['kv_bytes'].iloc[0] / 2**20:.1f} MiB per prompt")
+total = (full["kv_bytes"] + full["bookkeeping_bytes"]).iloc[0] / 2**20
+print(f"full cache: {total:.1f} MiB per prompt, {full['bookkeeping_bytes'].iloc[0] / 2**20:.1f} of them bookkeeping")
 
 # %% [markdown]
 # ## Is the oracle an upper bound?

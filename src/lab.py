@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from src.errors import InputError
 from src.reference import TABLES, collect
 from src.reference_retention import DECILES
+from src.reporting.marks import own_reconstructions
 from src.reporting.runs import show_budget
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -56,7 +57,14 @@ class Tables:
     def facts(self, n: int | None = None) -> str:
         """What a figure must say about its data."""
         samples = int(self.all_tasks["n"].max()) if n is None else n
-        return f"{self.model}, n = {samples} prompts"
+        return f"{self.model}, n = {samples} prompts{self.reconstructions}"
+
+    @property
+    def reconstructions(self) -> str:
+        """Which of the policies are reconstructions: `; ahakv: our reconstruction`. Nothing if none is."""
+        there = set(self.cells["policy"])
+        found = [name for (name, _), _ in own_reconstructions() if name in there]
+        return f"; {', '.join(found)}: our reconstruction{'s' if len(found) > 1 else ''}" if found else ""
 
 
 def load(study: str, root: str | Path | None = None, baseline: str | None = None, min_prompt: int = 0) -> Tables:
@@ -87,7 +95,7 @@ def load(study: str, root: str | Path | None = None, baseline: str | None = None
         frame["label"] = (frame["policy"] + " " + frame["options"].fillna("")).str.strip()
     tables = Tables(study, source, **frames)
     refuse_several_models(tables)
-    print(f"{study}: {tables.model}, {len(tables.all_tasks)} cells from {source}")
+    print(f"{study}: {tables.model}, {len(tables.all_tasks)} cells from {source}{tables.reconstructions}")
     return tables
 
 
