@@ -66,13 +66,13 @@ def write_report(
     )
     numbers = json.dumps(as_numbers(analysis), indent=2, ensure_ascii=False, allow_nan=False)
     files = {
-        f"tables/{table.name}.{ending}": form(table).encode()
+        f"tables/{table.name}.{ending}": form(table).encode("utf-8", "replace")
         for table in (*tables, tasks_table(analysis))
         for ending, form in (("md", markdown), ("csv", comma_separated), ("tex", latex))
     }
     for name, figure in figures.items():
         files |= {f"figures/{name}.png": png(figure), f"figures/{name}.pdf": pdf(figure)}
-    files |= {"report.json": f"{numbers}\n".encode(), "report.html": html.encode("utf-8", "replace")}
+    files |= {"report.json": f"{numbers}\n".encode("utf-8", "replace"), "report.html": html.encode("utf-8", "replace")}
     try:
         for folder in (out / "tables", out / "figures"):
             folder.mkdir(parents=True, exist_ok=True)

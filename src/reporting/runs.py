@@ -153,7 +153,7 @@ def label_runs(runs: Sequence[Run]) -> list[Run]:
         if "decode_budget" in run.options and "decode_budget" not in shown:
             shown.append("decode_budget")  # `budget` is the sum, which does not say how it is split
         words = [run.policy, *(f"{k}={_short(run.options[k])}" for k in shown)]
-        labelled.append(replace(run, label=" ".join(words if not run.full else words[:1])))
+        labelled.append(replace(run, label=_whole(" ".join(words if not run.full else words[:1]))))
     return _tell_apart(labelled)
 
 
@@ -171,7 +171,7 @@ def _tell_apart(runs: list[Run]) -> list[Run]:
         names = sorted({k for s in settings for k in s if any(o.get(k) != s[k] for o in settings)})
         for i, s in zip(members, settings, strict=True):
             words = [runs[i].label, *(f"{k}={_plain(s.get(k))}" for k in names)]
-            runs[i] = replace(runs[i], label=" ".join(words))
+            runs[i] = replace(runs[i], label=_whole(" ".join(words)))
     return runs
 
 
@@ -200,12 +200,15 @@ def _outcome_settings(run: Run) -> dict[str, Any]:
 
 def _short(value: Any) -> str:
     """Of a path its last part: names stand in legends and table heads."""
-    return _plain(Path(value).name if isinstance(value, str) and "/" in value else value)
+    return Path(value).name if isinstance(value, str) and "/" in value else _plain(value)
 
 
 def _plain(value: Any) -> str:
-    """For people; half of a surrogate pair, which no picture and no file can hold, becomes a question mark."""
-    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _whole(text: str) -> str:
+    """Half of a surrogate pair, which no picture and no file can hold, becomes a question mark."""
     return text.encode("utf-8", "replace").decode()
 
 
