@@ -34,7 +34,6 @@ from src.run_files import (
     differences,
     key_of,
     load_records,
-    move_to_end,
     run_path,
     settings_hash,
 )
@@ -78,6 +77,7 @@ class RunFolder:
         self.mode = retention
         self._shared = shared
         self._brought_back: set[Key] = set()  # records of earlier prompts that count again
+        self._drawing: tuple[Profile, str] | None = None  # the picture's content and title
         self._lock = self._take_lock()
         try:
             with self._turn():
@@ -142,8 +142,8 @@ class RunFolder:
     ) -> dict[str, Any]:
         """Write retention.npz, metrics.json and (last) retention.png over all current records; return the metrics.
 
-        A disk too full for retention.npz costs no metrics: the journal still holds what it says. One too full for the
-        picture is a warning; the next call draws it.
+        A disk too full for retention.npz costs no metrics: the journal still holds what it says. `plot=False` leaves
+        the picture to `draw`.
 
         `asked`: task and id of the samples that this call was to run. Those that are not there, of this call or of
         earlier ones, are listed as `missing`: the run was interrupted.
@@ -155,10 +155,9 @@ class RunFolder:
             again = {key for key in self._brought_back if self._table.last[key[:2]] == key}
             if self._shared:
                 self._read()
-            if again:
-                move_to_end(self.path / PREDICTIONS, again)
-                self._table.last |= {key[:2]: key for key in again}
-                self._brought_back.clear()
+            self._table.last |= {key[:2]: key for key in again}
+            if again or self._table.outdated:
+                self._rewrite()
             keys = [key for record in self.records if succeeded(record) and (key := key_of(record)) in self._kept]
             refused = None
             try:
@@ -184,9 +183,22 @@ class RunFolder:
             metrics = write_metrics(self.path / METRICS, metrics)
             if refused:
                 raise refused
-            if plot and keys:
-                self._draw(data, f"{policy}, {model}, budget {budget}")
-            return metrics
+            self._drawing = (data, f"{policy}, {model}, budget {budget}") if keys else None
+        if plot:
+            self.draw()
+        return metrics
+
+    def draw(self) -> None:
+        """retention.png, if it is not there, after `finish`. A run is worth more than its picture: whatever is against
+        it is a warning, and the next call tries again."""
+        picture = self.path / PICTURE
+        if self._drawing is None or picture.exists():
+            return
+        try:
+            with self._turn(), replacing(picture) as part:
+                plot_retention(self._drawing[0], part, self._drawing[1])
+        except Exception as error:
+            log.warning("not drawn, the next call tries again: %s", " ".join(f"{error}".split()) or repr(error))
 
     def close(self) -> None:
         """Let other processes have the folder."""
@@ -302,6 +314,13 @@ class RunFolder:
 
     # --- writing ---
 
+    def _rewrite(self) -> None:
+        """predictions.jsonl with one line of each key: a folder in which samples run again does not grow for ever."""
+        with replacing(self.path / PREDICTIONS) as part, part.open("wb") as file:
+            file.writelines(map(encode, self._table.all()))
+        self._table.outdated = False
+        self._brought_back.clear()
+
     def _write_line(self, record: dict[str, Any]) -> None:
         append_whole(self.path / PREDICTIONS, encode(record))
         self._table.add(record)
@@ -313,17 +332,6 @@ class RunFolder:
         records = self.records
         return summarise(data) | needle(self._kept.read(keys), records) | score_bias(records) | chosen(records)
 
-    def _draw(self, data: Profile, title: str) -> None:
-        """A run is worth more than its picture: whatever is against it is a warning."""
-        picture = self.path / PICTURE
-        if picture.exists():
-            return
-        try:
-            with replacing(picture) as part:
-                plot_retention(data, part, title)
-        except Exception as error:
-            log.warning("not drawn, the next call tries again: %s", " ".join(f"{error}".split()) or repr(error))
-
     def _metrics_before(self) -> dict[str, Any]:
         """metrics.json as an earlier call left it; empty if there is none, or if it is damaged."""
         path = self.path / METRICS
@@ -332,7 +340,11 @@ class RunFolder:
         try:
             return read_metrics(path)[0]
         except (OSError, ValueError) as error:
-            log.warning("%s: damaged (%s); what it held of earlier calls is computed anew", path, one_line(error))
+            log.warning(
+                "%s: damaged (%s); written anew, without earlier calls' peaks and missing samples",
+                path,
+                one_line(error),
+            )
             return {}
 
     def _with_earlier_versions(self, now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:

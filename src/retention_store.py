@@ -19,6 +19,7 @@ import json
 import logging
 import math
 import mmap
+import os
 import struct
 import zipfile
 import zlib
@@ -197,8 +198,8 @@ class Journal:
             log.warning("%s: %d bytes in the middle are damaged; the samples they held run again", self.path, lost)
         if end < total:
             log.warning("%s: cut off %d bytes of an unfinished entry", self.path, total - end)
-            with writing(self.path), self.path.open("r+b") as file:
-                file.truncate(end)
+            with writing(self.path):
+                os.truncate(self.path, end)
 
 
 class Frame(NamedTuple):
@@ -259,9 +260,11 @@ class Retention:
                 f"{path}: retention schema {schema}, this version reads schema {SCHEMA}; "
                 "run the same command with overwrite=true to write it anew"
             )
-        self._n, self._binned = self._file["n"], self._file["binned"]
-        self._end_same = self._file["end_same"]
-        self.keys: list[Key] = [(str(t), str(i), str(h)) for t, i, h in self._file["key"]]
+        try:
+            self._n, self._binned, self._end_same = (self._file[name] for name in ("n", "binned", "end_same"))
+            self.keys: list[Key] = [(str(t), str(i), str(h)) for t, i, h in self._file["key"]]
+        except (Damaged, TypeError, ValueError):
+            raise Damaged(f"{path}: damaged; {REMEDY}") from None
         self._index = {key: i for i, key in enumerate(self.keys)}
 
     def drop_damaged(self) -> list[Key]:

@@ -5,12 +5,11 @@ import json
 import logging
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from src.errors import InputError
-from src.files import write_whole
 from src.predictions import parse
 from src.retention_store import Key
 from src.seal import as_json
@@ -75,10 +74,12 @@ class Table:
     def __init__(self) -> None:
         self.records: dict[Key, dict[str, Any]] = {}
         self.last: dict[tuple[str, str], Key] = {}
+        self.outdated = False  # are there lines that another one of the same key stands for?
 
     def add(self, record: dict[str, Any]) -> None:
         key = key_of(record)
         before = self.records.get(key)
+        self.outdated |= before is not None
         if before is None or succeeded(record) or not succeeded(before):
             self.records[key] = record
         self.last[key[:2]] = key
@@ -86,25 +87,15 @@ class Table:
     def current(self) -> list[dict[str, Any]]:
         return [self.records[self.last[name]] for name in sorted(self.last)]
 
+    def all(self) -> list[dict[str, Any]]:
+        """One record of each key, in an order in which those that count come last."""
+        current = set(self.last.values())
+        return [record for _, record in sorted(self.records.items(), key=lambda item: item[0] in current)]
+
     def holds(self, record: Mapping[str, Any]) -> bool:
         """Is this very record one of those that count?"""
         key = key_of(record)
         return self.last.get(key[:2]) == key and self.records[key] == record
-
-
-def move_to_end(path: Path, keys: Collection[Key]) -> None:
-    """Put these keys' lines last, where they count, and leave every line as it is."""
-    with path.open("rb") as file:
-        lines = file.readlines()
-    wanted = [line for line in lines if _key_in(line) in keys]
-    write_whole(path, b"".join([line for line in lines if _key_in(line) not in keys] + wanted))
-
-
-def _key_in(line: bytes) -> Key | None:
-    try:
-        return key_of(json.loads(line))
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
 
 
 def key_of(record: Mapping[str, Any]) -> Key:

@@ -275,26 +275,33 @@ class Session:
         }
 
     def _close_all(self, without: bool) -> list[Exception]:
-        """Finish and free every folder (`without` finishing them); what is against one costs no other."""
+        """Finish and free every folder (`without` finishing them); what is against one costs no other.
+
+        The figures of all cells come before the first picture: a disk may have room for no more.
+        """
         refused: list[Exception] = []
-        for cell in self.cells:
+        finished: list[tuple[Cell, dict[str, Any]]] = []
+        for cell in [] if without else self.cells:
             try:
-                if not without:
-                    self._close(cell)
+                finished.append((cell, self._close(cell)))
             except Exception as error:
                 refused.append(error)
-            finally:
-                cell.folder.close()
+        for cell, metrics in finished:
+            cell.folder.draw()
+            cell.tracker.finish(metrics, cell.folder.records)
+        for cell in self.cells:
+            cell.folder.close()
         return refused
 
-    def _close(self, cell: Cell) -> None:
+    def _close(self, cell: Cell) -> dict[str, Any]:
+        """metrics.json and retention.npz."""
         memory = self.engine.memory
         peaks = {
             "peak_bytes": max(memory.peaks.values(), default=memory.process_peak()),
             "peak_prefill_bytes": memory.peaks.get("prefill"),
             "peak_decode_bytes": memory.peaks.get("decode"),
         }
-        metrics = cell.folder.finish(
+        return cell.folder.finish(
             policy=cell.config.label,
             model=self.model.name,
             budget=cell.config.budget,
@@ -302,8 +309,8 @@ class Session:
             task_metrics={s.task.name: s.task.metric for s in self.samples},
             peaks=peaks,
             asked={(s.task.name, s.id) for s in self.samples},
+            plot=False,
         )
-        cell.tracker.finish(metrics, cell.folder.records)
 
 
 def show_results(cells: Sequence[Cell]) -> None:

@@ -132,6 +132,9 @@ class Tracking:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its reports would print errors of their own
         import wandb
 
+        logging.raiseExceptions = (
+            False  # wandb's log lies in the run's folder: a full disk there is no traceback of ours
+        )
         settings = wandb.Settings(
             init_timeout=self.init_timeout,
             finish_timeout=self.finish_timeout,

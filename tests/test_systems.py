@@ -86,6 +86,22 @@ def test_bytes_are_counted_per_device(swept: Path, codebooks: Path) -> None:
     )
 
 
+def test_chosen_tokens_that_are_gone_are_computed_again(common: list[str], codebooks: Path, tmp_path: Path) -> None:
+    policy = ["policy=hcattention", "policy.groups=4", "policy.centroids=8", f"policy.codebooks={codebooks}"]
+    arguments = [*common, *policy, "policy.tau=0.5", f"output_root={tmp_path}"]
+    done = call("run", *arguments)
+    before = predictions(done.folder)
+    first, second, *_ = sorted((done.folder / "chosen").glob("*.npz"))
+    first.unlink()
+    second.write_bytes(second.read_bytes()[:-40])
+    assert "2 finished samples ran again" in call("run", *arguments).err
+    assert predictions(done.folder) == before
+    for path in (first, second):
+        with np.load(path) as found:
+            assert sorted(found) == ["picks", "positions", "prompt_tokens", "steps"]
+    assert "ran again" not in call("run", *arguments).err
+
+
 def test_a_budget_in_two_parts(common: list[str], tmp_path: Path) -> None:
     both = "{prompt: 40, decode: 6}"
     done = call("run", *common, "policy=scope_adaptive", f"budget={both}", f"output_root={tmp_path}")

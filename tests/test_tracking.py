@@ -4,6 +4,7 @@ import http.server
 import inspect
 import json
 import logging
+import re
 import socket
 import threading
 import time
@@ -22,7 +23,7 @@ from src import tracking
 from src.errors import InputError
 from src.report import write_report
 from src.reporting.tracking import track_report
-from src.tracking import NoTracker, Tracking, WandbTracker, summary
+from src.tracking import NoTracker, Tracking, WandbTracker, _run_id, summary
 from src.wandb_server import key_configured, server, within
 from tests import wandb_file
 
@@ -356,3 +357,11 @@ def test_what_the_summary_says_of_scores_needles_and_choices() -> None:
         "retention/chosen/share": 0.1,
         "retention/chosen/per_task/qa/gini": 0.5,
     }
+
+
+@pytest.mark.parametrize("content", ["", "\n", "\0" * 13, "two words\n"])
+def test_a_damaged_run_id_is_replaced(tmp_path: Path, content: str) -> None:
+    """W&B would refuse it at every launch."""
+    (tmp_path / "wandb_id").write_text(content)
+    known = _run_id(tmp_path)
+    assert re.fullmatch("[0-9a-f]{12}", known) and _run_id(tmp_path) == known
