@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 
 from src.files import write_whole
 from src.record_fields import fault
-from src.seal import one_line, open_sealed, read_object, sealed
+from src.seal import as_json, one_line, open_sealed, read_object, sealed
 
 log = logging.getLogger(__name__)
 
@@ -46,12 +45,7 @@ class Lines:
 
 def encode(record: Mapping[str, Any]) -> bytes:
     """A record as its line, with the check value. Raises ValueError: a number that is not finite."""
-    content = sealed(record)
-    line = json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n"
-    try:
-        return line.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair in somebody's data
-        return (json.dumps(content, allow_nan=False) + "\n").encode()
+    return (as_json(sealed(record)) + "\n").encode()
 
 
 def parse(path: Path, checked: bool = False) -> Lines:

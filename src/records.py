@@ -37,7 +37,7 @@ from src.run_files import (
     run_path,
     settings_hash,
 )
-from src.seal import one_line, open_sealed, read_small, sealed
+from src.seal import as_json, one_line, open_sealed, read_small, sealed
 from src.summary import compute_metrics, succeeded
 
 __all__ = ["Kept", "Key", "RunFolder", "compute_metrics", "load_records", "run_path", "settings_hash"]
@@ -298,7 +298,7 @@ class RunFolder:
             else:
                 names = ", ".join(differences(theirs, json.loads(ours)))
                 raise InputError(f"{self.path}: its results were made with other settings ({names}); move it away")
-        write_whole(path, json.dumps(json.loads(ours), indent=2, ensure_ascii=False) + "\n")
+        write_whole(path, as_json(json.loads(ours), indent=2) + "\n")
 
     def _write_environment(self, now: dict[str, Any]) -> None:
         """The present environment; different earlier ones of the same folder are kept below it."""
@@ -343,7 +343,11 @@ class RunFolder:
         try:
             return read_metrics(path)[0]
         except (OSError, ValueError) as error:
-            log.warning("%s: damaged (%s); what it held of earlier calls is computed anew", path, one_line(error))
+            log.warning(
+                "%s: damaged (%s); written anew, without earlier calls' peaks and missing samples",
+                path,
+                one_line(error),
+            )
             return {}
 
     def _with_earlier_versions(self, now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:

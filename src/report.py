@@ -68,7 +68,7 @@ def write_report(
     )
     numbers = json.dumps(as_numbers(analysis), indent=2, ensure_ascii=False, allow_nan=False)
     files = {
-        f"tables/{table.name}.{ending}": form(table).encode()
+        f"tables/{table.name}.{ending}": form(table).encode("utf-8", "replace")
         for table in (*tables, tasks_table(analysis))
         for ending, form in (("md", markdown), ("csv", comma_separated), ("tex", latex))
     }

@@ -12,6 +12,7 @@ from typing import Any
 from src.errors import InputError
 from src.predictions import parse
 from src.retention_store import Key
+from src.seal import as_json
 from src.summary import succeeded
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ def file_name(task: str, sample: str) -> str:
 
 def settings_hash(settings: Mapping[str, Any]) -> str:
     """8 hex digits of every setting that changes a sample's outcome; order and 1 against 1.0 do not count."""
-    return hashlib.sha256(canonical(settings).encode()).hexdigest()[:8]
+    return hashlib.sha256(canonical(settings).encode(errors="surrogatepass")).hexdigest()[:8]
 
 
 def run_path(
@@ -128,8 +129,7 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], prefix: str 
 
 def pretty(value: Any) -> str:
     """Indented JSON with every list of numbers on one line."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    return re.sub(r"\[[-+\d.eE,\s]+\]", lambda found: " ".join(found[0].split()), text) + "\n"
+    return re.sub(r"\[[-+\d.eE,\s]+\]", lambda found: " ".join(found[0].split()), as_json(value, indent=2)) + "\n"
 
 
 def _safe(text: str) -> str:

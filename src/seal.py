@@ -92,3 +92,16 @@ def one_line(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
         return "no JSON"
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def as_json(value: Any, indent: int | None = None) -> str:
+    """JSON that UTF-8 can hold: readable, or escaped where somebody's data has half of a surrogate pair.
+
+    Raises ValueError: a number that is not finite.
+    """
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, indent=indent, allow_nan=False)
+    return text

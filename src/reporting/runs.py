@@ -213,13 +213,11 @@ def _outcome_settings(run: Run) -> dict[str, Any]:
 
 def _short(value: Any) -> str:
     """Of a path its last part: names stand in legends and table heads."""
-    return _plain(Path(value).name if isinstance(value, str) and "/" in value else value)
+    return Path(value).name if isinstance(value, str) and "/" in value else _plain(value)
 
 
 def _plain(value: Any) -> str:
-    """For people; half of a surrogate pair, which no picture and no file can hold, becomes a question mark."""
-    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    return text.encode("utf-8", "replace").decode()
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _defaults(policy: str) -> dict[str, Any]:
