@@ -107,6 +107,9 @@ def no_mask(
     length = kwargs.get("kv_length", 0)
     if mask_function is causal_mask_function or (local_size is not None and length <= local_size):
         return
+    kinds = set(getattr(kwargs.get("config"), "layer_types", None) or ())
+    if local_size is not None and kinds and not kinds & {"sliding_attention", "chunked_attention"}:
+        return  # some models make the mask of a window that none of their layers has (Qwen2-MoE)
     kind = getattr(kwargs.get("config"), "model_type", "unknown")
     what = (
         "a mask that is not causal" if local_size is None else f"{local_size} tokens at a time, the text has {length}"

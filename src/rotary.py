@@ -99,7 +99,9 @@ class Rotary:
             _Unexplained: it names the first layer without one.
         """
         if changing := rope_types(self.model) & {"dynamic", "longrope"}:
-            raise _Unexplained(f"this model's change with the length of the text ({', '.join(sorted(changing))})")
+            raise _Unexplained(
+                f"this model's frequencies change with the length of the text ({', '.join(sorted(changing))})"
+            )
         config = self.model.config.get_text_config()
         most = getattr(config, "max_position_embeddings", None) or 512
         tokens = max(1, min(TOKENS, most // 2))
@@ -118,13 +120,13 @@ class Rotary:
             ways = by_width.setdefault(near.shape[-1], list(candidates(sets, near.shape[-1])))
             right = next((way for way in ways if turns_back(way, near, moved)), None)
             if right is None:
-                raise _Unexplained(f"in layer {layer} of this model {why_not(near, moved, bool(sets))}")
+                raise _Unexplained(why_not(f"the queries of layer {layer}", near, moved, bool(sets)))
             found[layer] = right
         return found
 
 
 class _Unexplained(Exception):
-    """Why a model's queries cannot be turned, as half a sentence."""
+    """Why a model's queries cannot be turned, as a clause."""
 
 
 class QueryPass:
@@ -210,11 +212,11 @@ def tolerance(queries: Tensor, shift: int) -> float:
     return max(TOLERANCE, 3 * torch.finfo(queries.dtype).eps) + shift * torch.finfo(torch.float32).eps
 
 
-def why_not(near: Tensor, moved: dict[int, Tensor], rotary: bool) -> str:
+def why_not(queries_of: str, near: Tensor, moved: dict[int, Tensor], rotary: bool) -> str:
     """How queries move that no way of turning explains."""
     if not rotary:
-        return "they depend on the position without a rotary embedding"
+        return f"{queries_of} depend on the position without a rotary embedding"
     for shift, queries in moved.items():
         if relative_error(queries.double().norm(dim=-1), near.double().norm(dim=-1)) > tolerance(near, shift):
-            return "their size depends on the position"
-    return "no known way of rotating by the model's own frequencies explains how they move"
+            return f"the size of {queries_of} depends on the position"
+    return f"no way of rotating by the model's own frequencies explains how {queries_of} move"

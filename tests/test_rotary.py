@@ -213,7 +213,7 @@ def test_a_rotation_nobody_has_seen_is_refused(monkeypatch: pytest.MonkeyPatch) 
         return turn(q), turn(k)
 
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", mirrored)
-    refused(tiny("llama"), "layer 0", "no known way")
+    refused(tiny("llama"), "layer 0", "no way of rotating")
 
 
 def test_frequencies_of_another_model_are_refused() -> None:
@@ -229,7 +229,7 @@ def test_frequencies_of_another_model_are_refused() -> None:
         return found
 
     rotary.forward = forward
-    refused(model, "layer 0", "no known way")
+    refused(model, "layer 0", "no way of rotating")
 
 
 def test_runs_that_never_turn_ask_nothing_of_the_model() -> None:

@@ -165,8 +165,8 @@ IN_PLACE: dict[str, tuple[str, Options]] = {
     "gpt_bigcode": ("without a rotary embedding", {}),
     "opt": ("without a rotary embedding", {"ffn_dim": 96, "word_embed_proj_dim": 64}),
     "biogpt": ("without a rotary embedding", {}),
-    "ministral3": ("their size depends", {**rope("yarn", 1024, factor=4.0, **SCALED), **NO_WINDOW}),
-    "beam": ("their size depends", {}),
+    "ministral3": ("the size of the queries", {**rope("yarn", 1024, factor=4.0, **SCALED), **NO_WINDOW}),
+    "beam": ("the size of the queries", {}),
     "llama (dynamic)": ("length of the text", rope("dynamic", factor=4.0)),
     "phi3 (longrope)": ("length of the text", {**NO_WINDOW, **LONGROPE, "original_max_position_embeddings": 64}),
 }
