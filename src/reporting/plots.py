@@ -12,6 +12,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from src.reporting.analysis import Analysis, Row
 from src.reporting.figures import COLOURS, INK, LOOK, new_figure, plain_axes, plain_text, series_style
+from src.reporting.marks import MARK
 from src.reporting.runs import budget_order, show_budget
 from src.reporting.samples import KeptMap
 from src.statistics import Interval
@@ -172,7 +173,8 @@ def differences(analysis: Analysis) -> Figure:
         place += 1.0 if i and rows[i - 1].run.budget == row.run.budget else 1.8
         places.append(-place)
         labels.append(f"{plain_text(row.run.shown)}  {show_budget(row.run.budget):>5}")
-    figure = new_figure(3.4 * len(panels) + 2.2, 0.21 * place + 1.1)
+    names = 0.085 * max(map(len, labels))  # inches that the labels take
+    figure = new_figure(3.1 * len(panels) + max(names, 2.2), 0.21 * place + 1.3)
     for axes, (name, found) in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels, strict=True):
         axes.axvline(0, color=INK, linewidth=1)
         for i, (row, difference) in enumerate(zip(rows, found, strict=True)):
@@ -188,7 +190,7 @@ def differences(analysis: Analysis) -> Figure:
             }
             axes.plot(interval.estimate, places[i], color=color, **style)
         axes.set_yticks(places, labels)
-        axes.set_xlabel(f"difference to {plain_text(study.shown(str(name)))} (points of the average score)")
+        axes.set_xlabel(f"difference to {plain_text(study.shown(str(name)))}\n(points of the average score)")
         axes.xaxis.set_major_locator(MaxNLocator(6))
         plain_axes(axes, grid="x")
         axes.tick_params(axis="y", length=0)
@@ -227,7 +229,7 @@ def retention_maps(analysis: Analysis, maps: dict[int, KeptMap]) -> Figure:
         for place, label in enumerate(row):
             axes, column = grid[line][place], analysis.study.column(label, budget)
             if line % len(budgets) == 0:
-                axes.set_title(plain_text(analysis.study.shown(label)).replace(" ", "\n", 1), fontsize=9)
+                axes.set_title(_stacked(plain_text(analysis.study.shown(label))), fontsize=9)
             if place == 0:
                 axes.set_ylabel(f"budget {show_budget(budget)}\nlayer", fontsize=9)
             axes.tick_params(labelsize=8)
@@ -254,6 +256,12 @@ def retention_maps(analysis: Analysis, maps: dict[int, KeptMap]) -> Figure:
         bar = figure.colorbar(image, ax=grid.ravel().tolist(), label="positions kept (%)", ticks=[0, 5, 25, 50, 100])
         bar.ax.tick_params(labelsize=8)
     return figure
+
+
+def _stacked(name: str) -> str:
+    """Policy, mark and options on lines of their own: panels are narrow."""
+    policy, mark, options = name.partition(f" {MARK}")
+    return "\n".join(filter(None, (policy, MARK, options.strip()))) if mark else name.replace(" ", "\n", 1)
 
 
 def _samples(analysis: Analysis, rows: Sequence[Row]) -> str:

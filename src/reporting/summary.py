@@ -138,7 +138,9 @@ def _no_clear_loss(analysis: Analysis) -> list[str]:
 
 def _hidden(row: Row) -> str:
     hidden = -row.full.interval.low if row.full else 0.0
-    return f"its interval still allows a loss of {number(hidden)} points" if hidden > 0 else "it scores higher"
+    if hidden > 0:
+        return f"its interval still allows a loss of {number(hidden)} points"
+    return "it scores higher" if hidden < 0 else "its interval allows no loss"
 
 
 def _largest_loss(analysis: Analysis) -> list[str]:
