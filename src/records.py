@@ -362,6 +362,6 @@ class RunFolder:
 
 def _peaks_so_far(peaks: Mapping[str, float | None], before: Mapping[str, Any]) -> dict[str, float | None]:
     """Peaks are per process; a resumed run's count is the largest of its parts."""
-    earlier = before.get("memory", {})
-    both = {name: [v for v in (peaks.get(name), earlier.get(name)) if is_number(v)] for name in PEAKS}
+    parts: list[Mapping[str, Any]] = [peaks, before.get("memory", {})]
+    both = {name: [part[name] for part in parts if is_number(part.get(name))] for name in PEAKS}
     return {name: max(values) if values else None for name, values in both.items()}
