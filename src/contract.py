@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from src.errors import InputError
 from src.memory import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -60,8 +61,10 @@ class Doubt:
 
 
 def beyond_policy(error: BaseException) -> bool:
-    """Whether it is no fault of the policy that raised it: memory ran out, or the device is lost."""
-    return is_out_of_memory(error) or (isinstance(error, RuntimeError) and "CUDA error" in said(error))
+    """Whether it is no fault of the policy that raised it: the model is refused, memory ran out, a device is lost."""
+    if isinstance(error, InputError) or is_out_of_memory(error):
+        return True
+    return isinstance(error, RuntimeError) and "CUDA error" in said(error)
 
 
 def fault(policy: Policy, hook: str, layer: int | None, error: BaseException) -> str:

@@ -52,6 +52,13 @@ def test_evals_know_nothing_of_caches() -> None:
 
 def test_policies_know_tensors_only() -> None:
     """What they share with the engine are data structures; no engine, no sessions, no results."""
-    allowed = {"src.cache", "src.prompt_attention", "src.position", "src.quantised_cache", "src.codebooks"}
+    allowed = {
+        "src.cache",
+        "src.prompt_attention",
+        "src.position",
+        "src.quantised_cache",
+        "src.codebooks",
+        "src.contract",
+    }
     for path in (ROOT / "policies").glob("*.py"):
         assert {name for name in imports(path) if name.startswith(("src", "evals"))} <= allowed, path.name
