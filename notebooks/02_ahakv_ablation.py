@@ -18,8 +18,8 @@
 # (`policies/ahakv.py` says what they mean). Every row is paired with plain `ahakv` on the same samples.
 #
 # All rows are our reconstruction: the formulas come from two third-party summaries, the paper's body could not be read.
-# On the committed tables the parts are **undecided**: plain `ahakv` stands where a random choice stands, and most variants
-# differ from it by exactly 0.0 points. An interval of no width there is no evidence that a part does nothing.
+# On the committed tables the parts are **undecided**: plain `ahakv` stands where a random choice stands, and most
+# variants differ from it by exactly 0.0 points. An interval of no width there is no evidence that a part does nothing.
 #
 # Its data: `python -m src.sweep experiment=ahakv_ablation tasks=pocket`, else the committed reference tables.
 
@@ -68,7 +68,8 @@ tables.all_tasks.set_index("label")[columns].sort_values("kl").round(3)
 
 # %% [markdown]
 # ## The three parts
-# A difference of exactly 0 at the floor decides nothing. The paper's order of importance is value prior (1.46 points), recent accumulation (1.26), step gain (0.83).
+# A difference of exactly 0 at the floor decides nothing.
+# The paper's order of importance is value prior (1.46 points), recent accumulation (1.26), step gain (0.83).
 
 # %%
 for part in ("recent_accumulation", "step_gain", "value_prior"):
