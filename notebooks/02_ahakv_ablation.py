@@ -68,8 +68,8 @@ tables.all_tasks.set_index("label")[columns].sort_values("kl").round(3)
 
 # %% [markdown]
 # ## The three parts
-# A difference of exactly 0 at the floor decides nothing. The paper's order of importance is value prior (1.46 points),
-# recent accumulation (1.26), step gain (0.83).
+# A difference of exactly 0 at the floor decides nothing.
+# The paper's order of importance is value prior (1.46 points), recent accumulation (1.26), step gain (0.83).
 
 # %%
 for part in ("recent_accumulation", "step_gain", "value_prior"):

@@ -112,9 +112,9 @@ def no_mask(
         return  # some models make the mask of a window that none of their layers has (Qwen2-MoE)
     kind = getattr(kwargs.get("config"), "model_type", "unknown")
     what = (
-        "a mask that is not causal" if local_size is None else f"{local_size} tokens at a time, the text has {length}"
+        "with a mask that is not causal" if local_size is None else f"within {local_size} tokens, the text has {length}"
     )
-    raise InputError(f"model type {kind} attends within {what}; valid: a model with plain causal attention")
+    raise InputError(f"model type {kind} attends {what}; valid: a model with plain causal attention")
 
 
 class InOrder:

@@ -14,6 +14,7 @@ import errno
 import hashlib
 import os
 import random
+import re
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -46,7 +47,10 @@ class Codebooks:
 
 
 def default_path(model: str, groups: int, centroids: int) -> Path:
-    return cache_folder() / "codebooks" / f"{model}-g{groups}-c{centroids}.safetensors"
+    """In the cache folder and nowhere else, whatever the name; a name that cannot stand as it is ends in its digest."""
+    plain = re.sub(r"[^A-Za-z0-9._=+-]+", "_", model).strip("._")[:80]
+    name = plain if plain == model else f"{plain}-{hashlib.sha256(model.encode()).hexdigest()[:8]}".lstrip("-")
+    return cache_folder() / "codebooks" / f"{name}-g{groups}-c{centroids}.safetensors"
 
 
 def load_codebooks(path: str | None, model: ModelShape, groups: int, centroids: int) -> Codebooks:
@@ -176,6 +180,8 @@ def make(cfg: DictConfig) -> int:
     from src.models import load_model
 
     check_settings(cfg, needed=("model",))
+    if not 0 <= cfg.seed < 2**32:
+        raise InputError(f"seed={cfg.seed}: valid: 0 to {2**32 - 1}")
     loaded = load_model(OmegaConf.to_container(cfg.model, resolve=True))  # type: ignore[arg-type]
     shape, tokens = shape_of(loaded), cfg.samples * cfg.sample_tokens
     if cfg.groups < 1 or shape.head_dim % cfg.groups:
@@ -198,7 +204,10 @@ def make(cfg: DictConfig) -> int:
         text = "\n".join(passage(random.Random(f"{cfg.seed} {number}"), 8 * cfg.sample_tokens))
         ids = loaded.tokenizer.encode(text, add_special_tokens=False)[: cfg.sample_tokens]
         texts.append(loaded.fit_ids(ids))
-    centroids = fit_codebooks(sample_keys(loaded.model, texts), cfg.groups, cfg.centroids, cfg.seed, cfg.jobs)
+    keys = sample_keys(loaded.model, texts)
+    if not all(layer.isfinite().all() for layer in keys):
+        raise InputError(f"model={shape.name}: its keys are not all finite numbers; are the weights damaged?")
+    centroids = fit_codebooks(keys, cfg.groups, cfg.centroids, cfg.seed, cfg.jobs)
     save_codebooks(file, centroids, shape, tokens=sum(map(len, texts)), seed=cfg.seed, text="pydoc_data.topics")
     print(f"codebooks: {visible(str(file))}")
     return 0

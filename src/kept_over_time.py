@@ -10,7 +10,6 @@ it notes what was attended to (`Policy.attended`). A report shows one sample; se
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -141,13 +140,16 @@ def of_study(study: Study) -> Figure | None:
     samples = common_samples([run.folder for run in runs])
     if not samples:
         return None
-    traces = {}
+    traces, damaged = {}, []
     for run in runs:
-        with contextlib.suppress(InputError):  # a damaged one must not cost the report
+        try:
             traces[run.cell] = Trace.load(run.folder / TRACES / f"{samples[0]}.npz")
+        except InputError:  # a damaged one must not cost the report
+            damaged.append(run.cell)
     if not traces:
         return None
-    return draw(traces, title_of(samples[0]))
+    lost = f"; damaged and left out: {', '.join(damaged)}" if damaged else ""
+    return draw(traces, title_of(samples[0]) + lost)
 
 
 def title_of(sample: str) -> str:

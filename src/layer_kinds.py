@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from src.errors import InputError
@@ -46,7 +46,7 @@ def check_kinds(config: PreTrainedConfig) -> None:
     config = config.get_text_config()
     found = sorted({str(kind) for name in LISTS for kind in listed(config, name)} - SERVED)
     if found:
-        _refuse(config, f"has layers of kind {', '.join(found)}", "a model with attention in every layer")
+        _refuse(config, f"has layers of kind {', '.join(found)}", f"layers of kind {', '.join(sorted(SERVED))}")
     for name, meaning in FEATURES.items():
         if any(value not in (None, False, 0, 0.0, []) for value in per_layer(config, name)):
             _refuse(config, f"{meaning} ({name})", "a model without")
@@ -89,16 +89,31 @@ def text_limits(config: PreTrainedConfig) -> list[Limit]:
 def table_limits(model: PreTrainedModel) -> list[Limit]:
     """A bound for models that look positions up in a table: beyond its last row there is nothing to look up."""
     config = model.config.get_text_config()
-    words = model.get_input_embeddings()
-    tables = [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and module is not words and ("position" in name or name.endswith("wpe"))
-    ]
     said = getattr(config, "max_position_embeddings", None)
-    # Some tables have a few rows more than there are positions, which the config counts.
-    rows = [min(table.num_embeddings, said or table.num_embeddings) for table in tables]
-    return [Limit(n, f"model type {config.model_type} has a table of {n} positions") for n in {*rows}]
+    rows = set()
+    for name, module in text_modules(model):
+        if isinstance(module, nn.Embedding) and ("position" in name or name.endswith("wpe")):
+            # Some tables have a few rows more than there are positions, which the config counts.
+            rows.add(min(module.num_embeddings, said or module.num_embeddings))
+        held = {**dict(module.named_buffers(recurse=False)), **vars(module)}
+        rows |= {len(t) for key, t in held.items() if is_table(t) and "pos" in key}
+    return [Limit(n, f"model type {config.model_type} has a table of {n} positions") for n in sorted(rows)]
+
+
+def is_table(held: object) -> bool:
+    """Whether a module's attribute may hold a vector for each position."""
+    return isinstance(held, Tensor) and held.dim() == 2 and held.is_floating_point()
+
+
+def text_modules(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
+    """All parts of a model but the ones that read images or sound."""
+    configs = (model.config, model.config.get_text_config())
+    others = tuple(
+        f"{name}."
+        for name, module in model.named_modules()
+        if isinstance(module, PreTrainedModel) and all(module.config is not config for config in configs)
+    )
+    return ((name, module) for name, module in model.named_modules() if not f"{name}.".startswith(others))
 
 
 def rope_switch(config: PreTrainedConfig) -> int | None:

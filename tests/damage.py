@@ -34,6 +34,7 @@ from src.settings import CellConfig, composing
 from src.sweep import grid
 
 GRID = ["policies=[full,h2o,snapkv,{name: hcattention, quantise_keys: false}]", "budgets=[40]", "kept_over_time=4"]
+ENVIRONMENT = {"versions": {"torch": "2.13.0"}, "device": "cpu", "git": {"commit": "abc123"}}
 
 
 # --- damage ---
@@ -147,7 +148,8 @@ class Command:
         cfg = OmegaConf.merge(self.cfg, {"output_root": str(root), "limit": limit})
         error = io.StringIO()
         no_picture = mock.patch("src.records.plot_retention", lambda data, path, title: path.write_bytes(b"drawn"))
-        with warnings_of_ours() as said, contextlib.redirect_stderr(error), no_picture:
+        same_machine = mock.patch("src.session.environment", return_value=ENVIRONMENT)
+        with warnings_of_ours() as said, contextlib.redirect_stderr(error), no_picture, same_machine:
             try:
                 code = Session(cfg, self.cells, lanes=8).run()  # type: ignore[arg-type]
             except (InputError, DataError) as refused:

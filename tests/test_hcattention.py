@@ -278,8 +278,8 @@ def test_refused_settings(settings: dict[str, Any], names: str) -> None:
 
 
 def test_unbound() -> None:
-    with pytest.raises(ValueError, match="bound to a model"):
-        next(Engine(tiny("llama"), 1).run([Job(request(), [Variant(HCAttention(), None)])]))
+    result = next(Engine(tiny("llama"), 1).run([Job(request(), [Variant(HCAttention(), None)])]))
+    assert "bound to a model" in str(result.error)
 
 
 def test_finished_lanes_leave(model: Any) -> None:
