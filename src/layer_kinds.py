@@ -83,7 +83,7 @@ def text_limits(config: PreTrainedConfig) -> list[Limit]:
             # Frequencies grow with the longest text so far; only below this length does the model put them back.
             size = min(rope.get("original_max_position_embeddings") or 1 << 62, config.max_position_embeddings)
             limits.append(Limit(size - 1, f"model type {kind} changes its rotary frequencies from {size} tokens on"))
-    return limits
+    return list(dict.fromkeys(limits))  # a config may say one thing twice
 
 
 def table_limits(model: PreTrainedModel) -> list[Limit]:
