@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
-from policies.base import ModelShape
+from policies.base import ModelShape, Policy
+from src.contract import RAISED, ContractError, beyond_policy, check_measures, fault, show
 from src.errors import InputError
 from src.jobs import Variant
 from src.models import LoadedModel
@@ -44,9 +46,21 @@ def bind(cells: Sequence[CellConfig], model: LoadedModel) -> list[CellConfig]:
     """
     shape, bound = shape_of(model), []
     for cell in cells:
+        hook = "bind"
         try:
             policy = cell.variant.policy.bind(shape)
-        except ValueError as error:
-            raise InputError(f"policy={cell.label}: {error}") from None
-        bound.append(replace(cell, variant=Variant(policy, cell.variant.budget), found=policy.fingerprint()))
+            if not isinstance(policy, Policy):
+                raise ContractError(f"gave {show(policy)}; expected a Policy")
+            hook = "fingerprint"
+            found = check_measures(policy.fingerprint())
+            json.dumps(found, allow_nan=False)
+        except InputError:
+            raise
+        except RAISED as error:
+            if beyond_policy(error):
+                raise
+            usual = hook == "bind" and type(error) is ValueError  # what `bind` is told to raise
+            why = str(error) if usual else fault(cell.variant.policy, hook, None, error)
+            raise InputError(f"policy={cell.label}: {why}") from None
+        bound.append(replace(cell, variant=Variant(policy, cell.variant.budget), found=found))
     return bound

@@ -14,6 +14,7 @@ from src.errors import InputError
 from src.retention_store import MODES as RETENTION
 from src.tracking import MODES as WANDB
 
+MOST = 2**63 - 1  # of whole numbers: what tensors hold
 Rule = tuple[Callable[[Any], bool], str]  # is it valid? and what would be
 
 
@@ -21,7 +22,7 @@ def whole(least: int | None = None, or_null: str = "") -> Rule:
     def valid(value: Any) -> bool:
         if value is None:
             return bool(or_null)
-        return type(value) is int and (least is None or value >= least)
+        return type(value) is int and abs(value) <= MOST and (least is None or value >= least)
 
     wanted = "a whole number" if least is None else f"a whole number, {least} or more"
     return valid, wanted + (f", or null: {or_null}" if or_null else "")
@@ -89,6 +90,7 @@ RULES: dict[str, Rule] = {
     "overwrite": SWITCH,
     "tasks.names": texts("all of the suite"),
     "tasks.data_dir": text("the suite's own place"),
+    "model.name": text("the path's last part"),
     "model.max_prompt_tokens": whole(2, "derived from the context length"),
     "model.context_length": whole(2, "what the model's config says"),
     "model.chat": SWITCH,
@@ -125,6 +127,9 @@ def check_settings(cfg: DictConfig, needed: tuple[str, ...] = ("model", "tasks")
     for group in needed:
         if group not in plain:
             raise InputError(f"{group}=null: valid: a name of the group; see --help")
+    model = plain.get("model", {})
+    if model.get("layers") is not None and not model.get("like"):
+        raise InputError(f"model.layers={shown(model['layers'])}: only with model=random; valid: null")
     for name, (valid, wanted) in RULES.items():
         value: Any = plain
         for part in name.split("."):

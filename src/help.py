@@ -29,16 +29,24 @@ def choices(group: str) -> str:
     )
 
 
-def settings(file: str) -> str:
-    """A YAML file's settings with their comments: no headline, no defaults list, nothing of Hydra's own."""
+def settings(file: str, over: str = "") -> str:
+    """A YAML file's settings with their comments: no headline, no defaults list, nothing of Hydra's own.
+
+    Args:
+        over: a file whose settings take the place of this one's; they are left out here.
+    """
     path = CONF / f"{file}.yaml"
     if not path.is_file():
         return "  (see the YAML file that you added)"
     lines: list[str] = []
     hidden = False
+    taken: tuple[str, ...] = ("#", "defaults:", "hydra:", "name:", "_target_:")
+    if over and (CONF / f"{over}.yaml").is_file():
+        above = (CONF / f"{over}.yaml").read_text(encoding="utf-8").splitlines()
+        taken += tuple(f"{line.partition(':')[0]}:" for line in above if line[:1] not in (" ", "#", ""))
     for line in path.read_text(encoding="utf-8").splitlines():
         if line[:1] not in (" ", ""):
-            hidden = line.startswith(("#", "defaults:", "hydra:", "name:", "_target_:"))
+            hidden = line.startswith(taken)
         if line and not hidden:
             lines.append("  " + line)
     return "\n".join(lines).replace("$", "$$") or "  (none)"  # Hydra's template would read a dollar as its own

@@ -12,27 +12,35 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from evals.errors import DataError
 from evals.suites import task_names
-from policies.base import Policy
+from src.checks import RULES
+from src.checks import shown as as_typed
 from src.cluster import EXTRAS, Outcome, distributed, report, run_job
+from src.command_line import GROUPS, check_arguments, only_known_targets, unreadable
 from src.errors import InputError
 from src.help import register_help
 from src.jobs import Budget, SplitBudget, Variant
+from src.targets import make_policy
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 SUITES = ("pocket", "longbench", "longgenbench")
-GROUPS = "policy|model|tasks|experiment|cluster"  # folders of conf/ that a command chooses from
+LISTS = {  # what sweeps ask for, checked where the grid is made
+    "policies": "a list, e.g. policies=[h2o,snapkv]",
+    "budgets": "a list, e.g. budgets=[128,256]",
+}
+LONGEST_NAME = 100  # characters of a policy's name: it is part of file names
+MOST = 2**31 - 1  # entries of a budget; positions are 32-bit numbers
 INTERRUPTED = 130  # the exit code of whatever Ctrl-C has ended
 
 
@@ -106,14 +114,16 @@ def main(config_name: str, job: Callable[[DictConfig], int]) -> int:
     collect.__module__, collect.__qualname__ = job.__module__, job.__qualname__
     collect.codes = codes  # type: ignore[attr-defined]  # where a launcher of hydra_plugins/ adds its jobs' codes
     try:
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(collect)()
-    except (HydraException, OmegaConfBaseException) as error:
+        check_arguments(sys.argv[1:], config_name)
+        with only_known_targets():
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(collect)()
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         return complain(explain(error, config_name, sys.argv[1:]))
     except InputError as error:  # of a launch
         return complain(str(error))
-    except ValueError as error:
+    except (ValueError, OSError, RecursionError) as error:
         if begun:
-            raise  # a programming error; before any job it is an override that Hydra cannot take
+            raise  # a programming error; before any job it is an override or a file that Hydra cannot take
         return complain(explain(error, config_name, sys.argv[1:]))
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -143,8 +153,10 @@ def explain(error: Exception, config_name: str, arguments: list[str]) -> str:
         if extra := EXTRAS.get(str(error.missing_cfg_file)):
             return f"cluster={extra}: its launcher is not installed; install it with: pip install '.[{extra}]'"
         group, _, value = str(error.missing_cfg_file).rpartition("/")
-        valid = ", ".join(sorted(o for o in error.options or [] if not o.startswith("_")))
+        valid = ", ".join(sorted(o for o in error.options or [] if not o.startswith("_"))) or "none is there"
         return f"{group or 'config'}={value}: no such configuration; valid: {valid}"
+    if isinstance(error, yaml.YAMLError | UnicodeDecodeError | OSError):
+        return unreadable(error, arguments, CONF)
     empty = [a.partition("=")[0] for a in arguments if re.fullmatch(rf"({GROUPS})=(null)?", a)]
     if empty and isinstance(error, ValueError):  # Hydra's own message does not say which
         with composing():
@@ -154,7 +166,6 @@ def explain(error: Exception, config_name: str, arguments: list[str]) -> str:
         return (
             f"{error.override}: cannot be read ({str(error).splitlines()[0]}); valid: name=value, quoted for the shell"
         )
-    cause = error.__cause__ or error
     found = re.search(r"Could not override '([^']+)'", str(error))
     if found:
         name = found[1]
@@ -162,7 +173,15 @@ def explain(error: Exception, config_name: str, arguments: list[str]) -> str:
         return f"{name}: no setting named {key!r}; valid{f' in {parent}' if parent else ''}: " + valid_keys(
             config_name, parent, arguments
         )
-    return str(cause).splitlines()[0]
+    cause = error.__cause__ or error
+    message = (str(cause).splitlines() or [type(cause).__name__])[0]
+    merged = re.search(r"Error merging override (\S+?)=", str(error))
+    name = merged[1].lstrip("+") if merged else str(getattr(cause, "full_key", None) or "")
+    if not name:
+        return message
+    given = next((a for a in reversed(arguments) if a.lstrip("+").startswith(f"{name}=")), name)
+    wanted = RULES[name][1] if name in RULES else LISTS.get(name, "")
+    return f"{given}: {message if not wanted else 'not of this kind'}" + (f"; valid: {wanted}" if wanted else "")
 
 
 def valid_keys(config_name: str, parent: str, arguments: list[str]) -> str:
@@ -199,8 +218,9 @@ def policy_config(spec: str | Mapping[str, Any], seed: int = 0) -> DictConfig:
     """
     options = {"name": spec} if isinstance(spec, str) else dict(spec) if isinstance(spec, Mapping) else {}
     name = options.pop("name", None)
-    if name is None:
-        raise InputError(f"policies: {spec} has no name; valid: a policy's name or {{name: ..., option: value}}")
+    if not isinstance(name, str) or not re.fullmatch(r"[\w./-]+", name):
+        problem = "has no name" if name is None else f"has name={name}"
+        raise InputError(f"policies: {spec} {problem}; valid: a policy's name or {{name: ..., option: value}}")
     overrides = [f"policy={name}", f"seed={seed}"]
     if HydraConfig.initialized():  # a folder of the user's own policies
         sources = HydraConfig.get().runtime.config_sources
@@ -210,8 +230,10 @@ def policy_config(spec: str | Mapping[str, Any], seed: int = 0) -> DictConfig:
     try:
         with composing():
             node = compose("config", overrides=overrides).policy
-    except HydraException as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError, RecursionError) as error:
         raise InputError(explain(error, "config", [])) from None
+    if not isinstance(node, DictConfig) or "_target_" not in node:
+        raise InputError(f"policy={name}: its configuration has no _target_; valid: _target_: module.Class")
     unknown = sorted(set(options) - set(node))
     if unknown:
         valid = ", ".join(sorted(str(k) for k in node if k not in ("name", "_target_")))
@@ -231,19 +253,20 @@ def make_cell(policy: DictConfig, budget: Budget | None, shown: str = "") -> Cel
         InputError: a value that the policy does not take.
     """
     settings: dict[str, Any] = OmegaConf.to_container(policy, resolve=True)  # type: ignore[assignment]
-    name = str(settings.pop("name", None) or settings["_target_"].rpartition(".")[2].lower())
-    try:
-        made = instantiate(settings)
-    except Exception as error:  # Hydra wraps whatever the constructor raised
-        cause = error.__cause__ or error
-        raise InputError(f"policy={name}: {str(cause).splitlines()[0]}") from None
-    if not isinstance(made, Policy):
-        raise InputError(f"policy={name}: {settings['_target_']} is not a policies.base.Policy")
+    name = settings.pop("name", str(settings.get("_target_") or chosen_policy()).rpartition(".")[2].lower())
+    if not isinstance(name, str) or not 0 < len(name) <= LONGEST_NAME or not name.isprintable():
+        raise InputError(f"policy.name={as_typed(name)}: valid: a name of 1 to {LONGEST_NAME} printable characters")
+    made = make_policy(settings, name)
     settings = {"name": name, **settings}
     if isinstance(budget, SplitBudget) and made.uses_budget:
         settings["decode_budget"] = budget.decode
         shown = f"{shown or name} decode={budget.decode:g}"
     return CellConfig(name, settings, Variant(made, budget if made.uses_budget else None), shown or name)
+
+
+def chosen_policy() -> str:
+    """What `policy=` was given, for messages about a file that says no name."""
+    return str(HydraConfig.get().runtime.choices.get("policy")) if HydraConfig.initialized() else "policy"
 
 
 def parse_budget(value: Any) -> Budget:
@@ -265,4 +288,6 @@ def parse_number(value: Any) -> int | float:
         raise InputError(
             f"budget={value}: valid: entries per layer and KV head (2, 3, ...) or a share of the prompt in (0, 1]"
         )
+    if value > MOST:
+        raise InputError(f"budget={value}: valid: at most {MOST} entries; policy=full keeps everything")
     return float(value) if value <= 1 else int(value)

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from policies.base import State
 from src import prompt_attention
 from src.cache import GROW, LayerCache
-from src.states import settle, stack_states
 from src.prompt_attention import PromptAttention
+from src.states import settle, stack_states
 
 one_thread = pytest.fixture(scope="module", autouse=True)(naive.one_thread)
 
