@@ -132,9 +132,8 @@ def check_settings(cfg: DictConfig, needed: tuple[str, ...] = ("model", "tasks")
         if group not in plain:
             raise InputError(f"{group}=null: valid: a name of the group; see --help")
     model = plain.get("model", {})
-    for name in ("like", "layers"):
-        if model.get(name) is not None and not model.get("like"):
-            raise InputError(f"model.{name}={shown(model[name])}: only with model=random; valid: null")
+    if model.get("layers") is not None and not model.get("like"):
+        raise InputError(f"model.layers={shown(model['layers'])}: only with model=random; valid: null")
     for name, (valid, wanted) in RULES.items():
         value: Any = plain
         for part in name.split("."):

@@ -39,7 +39,8 @@ def settings(file: str, over: str = "") -> str:
     if not path.is_file():
         return "  (see the YAML file that you added)"
     lines: list[str] = []
-    hidden, taken = False, ("#", "defaults:", "hydra:", "name:", "_target_:")
+    hidden = False
+    taken: tuple[str, ...] = ("#", "defaults:", "hydra:", "name:", "_target_:")
     if over and (CONF / f"{over}.yaml").is_file():
         above = (CONF / f"{over}.yaml").read_text(encoding="utf-8").splitlines()
         taken += tuple(f"{line.partition(':')[0]}:" for line in above if line[:1] not in (" ", "#", ""))
