@@ -193,11 +193,10 @@ def listed(config: PreTrainedConfig, name: str) -> list[Any]:
 
 def rope_parameters(config: PreTrainedConfig) -> Iterator[dict[str, Any]]:
     """Of every kind of layer: some models have one set, some one for each kind."""
-    for name in ("rope_parameters", "rope_scaling"):
-        found = getattr(config, name, None) or {}
-        for rope in (found, *found.values()):
-            if isinstance(rope, dict) and "rope_type" in rope:
-                yield rope
+    found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    for rope in (found, *found.values()):
+        if isinstance(rope, dict) and "rope_type" in rope:
+            yield rope
 
 
 def _refuse(config: PreTrainedConfig, why: str, valid: str) -> None:
