@@ -10,6 +10,7 @@ import fcntl
 import json
 import logging
 import shutil
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -156,7 +157,7 @@ class RunFolder:
             if self._shared:
                 self._read()
             self._table.last |= {key[:2]: key for key in again}
-            if again or self._table.outdated:
+            if again or self._table.long:
                 self._rewrite()
             keys = [key for record in self.records if succeeded(record) and (key := key_of(record)) in self._kept]
             refused = None
@@ -318,7 +319,7 @@ class RunFolder:
         """predictions.jsonl with one line of each key: a folder in which samples run again does not grow for ever."""
         with replacing(self.path / PREDICTIONS) as part, part.open("wb") as file:
             file.writelines(map(encode, self._table.all()))
-        self._table.outdated = False
+        self._table.lines = Counter(self._table.records.keys())
         self._brought_back.clear()
 
     def _write_line(self, record: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -74,18 +75,23 @@ class Table:
     def __init__(self) -> None:
         self.records: dict[Key, dict[str, Any]] = {}
         self.last: dict[tuple[str, str], Key] = {}
-        self.outdated = False  # are there lines that another one of the same key stands for?
+        self.lines: Counter[Key] = Counter()
 
     def add(self, record: dict[str, Any]) -> None:
         key = key_of(record)
         before = self.records.get(key)
-        self.outdated |= before is not None
+        self.lines[key] += 1
         if before is None or succeeded(record) or not succeeded(before):
             self.records[key] = record
         self.last[key[:2]] = key
 
     def current(self) -> list[dict[str, Any]]:
         return [self.records[self.last[name]] for name in sorted(self.last)]
+
+    @property
+    def long(self) -> bool:
+        """Has a sample run so often that the file should be shortened? One that ran again once keeps its first line."""
+        return any(count > 2 for count in self.lines.values())
 
     def all(self) -> list[dict[str, Any]]:
         """One record of each key, in an order in which those that count come last."""
