@@ -355,10 +355,11 @@ class RunFolder:
         """`task_versions` names all tasks in the folder, also those of earlier calls and of other jobs."""
         versions = before.get("comparability", {}).get("task_versions")
         if not isinstance(versions, Mapping):
-            return dict(now)
+            versions = {}
         present = {record["task"] for record in self.records}
         kept = {task: version for task, version in versions.items() if task in present}
-        return {**now, "task_versions": dict(sorted({**kept, **now.get("task_versions", {})}.items()))}
+        both = {**kept, **now.get("task_versions", {})}
+        return {**now, "task_versions": dict(sorted(both.items()))} if both else dict(now)
 
 
 def _peaks_so_far(peaks: Mapping[str, float | None], before: Mapping[str, Any]) -> dict[str, float | None]:
