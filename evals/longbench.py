@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 from evals.errors import DataError
-from evals.longbench_files import CONFIG_URL, HUB_REPO, config_files, row_folder
+from evals.longbench_files import CONFIG_URL, HUB_REPO, REVISION, config_files, row_folder
 from evals.rows import read_longbench, to_sample
 from evals.tasks import Sample, Task
 
@@ -65,7 +65,7 @@ def load(
     config_dir: str | None = None,
     config_url: str = CONFIG_URL,
     hub_repo: str = HUB_REPO,
-    hub_revision: str = "main",
+    hub_revision: str = REVISION,
     broken: str = "refuse",
 ) -> list[Sample]:
     """The samples of the named tasks. Nothing is downloaded if data_dir (or LONGBENCH_DIR) has all."""

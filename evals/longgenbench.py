@@ -22,7 +22,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from evals.downloads import cache_folder, download
+from evals.downloads import cache_folder, download, intact
 from evals.errors import DataError
 from evals.longgen_metrics import KINDS
 from evals.rows import Broken, check_field, is_text, read_rows, some_texts
@@ -32,6 +32,14 @@ SOURCE = "github.com/Linking-ai/SCOPE, folder data/LongGenBench"
 # A fixed commit (28 May 2025): prompts must not change under a comparison.
 COMMIT = "8cbae48042e34da630c7a044f535de7a991c2999"
 SOURCE_URL = f"https://raw.githubusercontent.com/Linking-ai/SCOPE/{COMMIT}/data/LongGenBench"
+SHA256 = {  # of the files at that commit
+    "gsm8k/gsm8k_30.jsonl": "bc056d62137f87dec862de9e512d3644220a6e1a043edbaf8aa264274a5391bd",
+    "gsm8k/gsm8k_60.jsonl": "227b4bc4b3bc0f3ec446405178911ef59ca1903e6e62a20d1b6452b704cc32ff",
+    "mmlu/mmlu_30.jsonl": "d366a549e59f6266618e4590032e7eca1d8a0c0e0418deec4f6585e60f21127d",
+    "mmlu/mmlu_60.jsonl": "e04703b9e873dc1ad59f10a12129b67e3e55c49dbae0f026e1510ee54c6b43b4",
+    "csqa/csqa_40.jsonl": "1c5eaa3b202b4dc1a6858f5ef02f5c5e1779ba556210b4d882a13e5983b6096d",
+    "csqa/csqa_80.jsonl": "7590db0348b4b64d7aa3b6630b22332f63a6e5987e30aca9f6887c8dfd0c58e9",
+}
 LARGEST = 1 << 24
 LEFT_OUT = frozenset({21, 30, 31, 48})  # of the mmlu files, counted from 0
 QUESTIONS_BEGIN = "Following Question"
@@ -89,10 +97,11 @@ def file_of(name: str, data_dir: str | None, source_url: str) -> Path:
             raise DataError(f"tasks.data_dir={data_dir}: {path} is missing; it comes from {SOURCE}")
         return path
     path = cache_folder("longgenbench") / re.sub(r"[^\w.-]", "_", source_url) / part
-    if not path.is_file():
+    known = SHA256[part.as_posix()] if source_url == SOURCE_URL else None
+    if not intact(path, known):
         advice = f"Set tasks.data_dir to a folder with gsm8k/, mmlu/ and csqa/ from {SOURCE}"
         url = f"{source_url.rstrip('/')}/{part.as_posix()}"
-        download(url, path, "tasks.source_url", check_rows, LARGEST, advice)
+        download(url, path, "tasks.source_url", check_rows, LARGEST, advice, known)
     return path
 
 

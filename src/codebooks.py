@@ -11,8 +11,12 @@ of text, as the paper has it; the text is prose that every Python ships.
 from __future__ import annotations
 
 import hashlib
+import os
 import random
+import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -41,7 +45,10 @@ class Codebooks:
 
 
 def default_path(model: str, groups: int, centroids: int) -> Path:
-    return cache_folder() / "codebooks" / f"{model}-g{groups}-c{centroids}.safetensors"
+    """In the cache folder and nowhere else, whatever the name; a name that cannot stand as it is ends in its digest."""
+    plain = re.sub(r"[^A-Za-z0-9._=+-]+", "_", model).strip("._")[:80]
+    name = plain if plain == model else f"{plain}-{hashlib.sha256(model.encode()).hexdigest()[:8]}".lstrip("-")
+    return cache_folder() / "codebooks" / f"{name}-g{groups}-c{centroids}.safetensors"
 
 
 def load_codebooks(path: str | None, model: ModelShape, groups: int, centroids: int) -> Codebooks:
@@ -97,10 +104,39 @@ def describe(model: ModelShape, groups: int, centroids: int) -> dict[str, str]:
 def save_codebooks(file: Path, tensor: Tensor, model: ModelShape, **more: Any) -> None:
     """`(layers, kv_heads, g, c, head_dim / g)`, with metadata that says what it is for; written whole."""
     found = describe(model, tensor.shape[2], tensor.shape[3]) | {k: str(v) for k, v in more.items()}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    save_file({"centroids": tensor.contiguous()}, part, {**found, "dtype": str(model.dtype).removeprefix("torch.")})
-    part.replace(file)
+    with part_of(file) as part:
+        save_file({"centroids": tensor.contiguous()}, part, {**found, "dtype": str(model.dtype).removeprefix("torch.")})
+        part.replace(file)
+
+
+def refuse_unwritable(file: Path, size: int) -> None:
+    """Before the long fit: can a file of `size` bytes be written there?
+
+    Raises:
+        InputError: it cannot.
+    """
+    if os.path.isdir(file):
+        raise InputError(f"output={file}: a folder; valid: a file")
+    with part_of(file) as part, part.open("wb") as opened:
+        os.posix_fallocate(opened.fileno(), 0, size)
+
+
+@contextmanager
+def part_of(file: Path) -> Iterator[Path]:
+    """A name beside the file for what is not whole yet, gone at the end. Errors of writing are one line."""
+    part = file.with_name(f".{file.name}.{os.getpid()}.part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield part
+        finally:
+            part.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"output={file}: cannot be written ({reason}); valid: a file in a folder that can be written and has room "
+            "(without output: XDG_CACHE_HOME)"
+        ) from None
 
 
 class KeyCollector:
@@ -157,6 +193,8 @@ def make(cfg: DictConfig) -> int:
     from src.models import load_model
 
     check_settings(cfg, needed=("model",))
+    if not 0 <= cfg.seed < 2**32:
+        raise InputError(f"seed={cfg.seed}: valid: 0 to {2**32 - 1}")
     loaded = load_model(OmegaConf.to_container(cfg.model, resolve=True))  # type: ignore[arg-type]
     shape, tokens = shape_of(loaded), cfg.samples * cfg.sample_tokens
     if cfg.groups < 1 or shape.head_dim % cfg.groups:
@@ -164,7 +202,7 @@ def make(cfg: DictConfig) -> int:
     if not 2 <= cfg.centroids <= min(tokens, 2**15):
         raise InputError(f"centroids={cfg.centroids}: valid: 2 to {min(tokens, 2**15)} (sampled tokens, 15 bits)")
     file = Path(cfg.output).expanduser() if cfg.output else default_path(shape.name, cfg.groups, cfg.centroids)
-    if file.exists() and not cfg.overwrite:
+    if os.path.exists(file) and not cfg.overwrite:
         if made_for(file, shape, cfg.groups, cfg.centroids):
             print(f"there already: {file} (overwrite=true fits anew)")
             return 0
@@ -173,12 +211,16 @@ def make(cfg: DictConfig) -> int:
                 f"output={file}: holds something else than codebooks of this model and these settings; "
                 "valid: another file, or overwrite=true"
             )
+    refuse_unwritable(file, 4 * shape.layers * shape.kv_heads * cfg.centroids * shape.head_dim)
     texts = []
     for number in range(cfg.samples):
         text = "\n".join(passage(random.Random(f"{cfg.seed} {number}"), 8 * cfg.sample_tokens))
         ids = loaded.tokenizer.encode(text, add_special_tokens=False)[: cfg.sample_tokens]
         texts.append(loaded.fit_ids(ids))
-    centroids = fit_codebooks(sample_keys(loaded.model, texts), cfg.groups, cfg.centroids, cfg.seed, cfg.jobs)
+    keys = sample_keys(loaded.model, texts)
+    if not all(layer.isfinite().all() for layer in keys):
+        raise InputError(f"model={shape.name}: its keys are not all finite numbers; are the weights damaged?")
+    centroids = fit_codebooks(keys, cfg.groups, cfg.centroids, cfg.seed, cfg.jobs)
     save_codebooks(file, centroids, shape, tokens=sum(map(len, texts)), seed=cfg.seed, text="pydoc_data.topics")
     print(f"codebooks: {file}")
     return 0

@@ -5,6 +5,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
+from evals.downloads import refuse_insecure_hub
 from src.errors import InputError
 
 FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
@@ -18,6 +19,7 @@ def snapshot(hub_id: str, revision: str, with_code: bool = False) -> Path:
     Whatever goes wrong here has one remedy, a reachable hub or a folder, so every error ends in that advice.
     """
     wanted = f"model.hub_id={hub_id}"
+    refuse_insecure_hub()
     try:
         return Path(
             snapshot_download(

@@ -4,8 +4,11 @@ import inspect
 import io
 import json
 import os
+import re
+import stat
 import subprocess
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +18,9 @@ import pytest
 import yaml
 from file_server import FileServer
 
-from evals import longbench, longgenbench, pocket
+from evals import longbench, longbench_files, longgenbench, pocket
 from evals.errors import DataError
-from evals.longbench_files import unpack
+from evals.longbench_files import REVISION, unpack
 from evals.suites import load_samples, task_names
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -230,22 +233,23 @@ def test_broken_and_empty_archives(tmp_path: Path) -> None:
 
 LOAD = """
 import sys
+import warnings
 from evals.errors import DataError
 from evals.suites import load_samples
 try:
-    samples = load_samples("longbench", ["hotpotqa"], None, None, 0, config_url=sys.argv[1])
+    samples = load_samples("longbench", ["hotpotqa"], None, None, 0, config_url=sys.argv[1], hub_revision=sys.argv[2])
     print(len(samples), samples[0].task.max_new_tokens, repr(samples[0].prompt))
 except DataError as error:
     print("DataError:", error)
 """
 
 
-def run_load(config_url: str, home: Path, **environment: str) -> str:
+def run_load(config_url: str, home: Path, revision: str = "main", **environment: str) -> str:
     """In a process of its own: huggingface_hub reads its environment once, when it is imported."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "LONGBENCH", "KVBENCH"))}
     clean |= {"HF_HOME": str(home / "hf"), "KVBENCH_CACHE": str(home / "own"), "NO_PROXY": "127.0.0.1"}
     done = subprocess.run(
-        [sys.executable, "-c", LOAD, config_url],
+        [sys.executable, "-c", LOAD, config_url, revision],
         cwd=ROOT, env=clean | environment, capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
     return done.stdout.strip().splitlines()[-1]
@@ -267,6 +271,107 @@ def test_download_once_from_a_stand_in_for_the_hub(hub: tuple[str, type[FileServ
     assert run_load(f"{address}/config", tmp_path, HF_ENDPOINT=address) == expected
     assert len(handler.log) == 3, "a second run downloads nothing"
     assert run_load(f"{address}/config", tmp_path, HF_HUB_OFFLINE="1") == expected
+
+
+def test_the_pinned_archive_is_verified_and_the_hub_needs_https(
+    hub: tuple[str, type[FileServer]], tmp_path: Path
+) -> None:
+    address, handler = hub
+    handler.files[f"/datasets/zai-org/LongBench/resolve/{REVISION}/data.zip"] = archive(**{"data/hotpotqa.jsonl": "{}"})
+    line = run_load(f"{address}/config", tmp_path, REVISION, HF_ENDPOINT=address)
+    assert line.startswith("DataError: ") and "data.zip: damaged or another file, its SHA-256 is not cb45b11a" in line
+    line = run_load(f"{address}/config", tmp_path, HF_ENDPOINT="http://hub.example.org")
+    assert line == "DataError: HF_ENDPOINT=http://hub.example.org: valid: an https:// address " + (
+        "(http:// only of this machine)"
+    )
+
+
+def test_the_rows_are_those_of_one_commit() -> None:
+    assert re.fullmatch("[0-9a-f]{40}", REVISION) and inspect.signature(longbench.load).parameters[
+        "hub_revision"
+    ].default == (REVISION)
+
+
+def pack(path: Path, *entries: tuple[zipfile.ZipInfo | str, str], **how: Any) -> Path:
+    with warnings.catch_warnings(), zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, **how) as package:
+        warnings.simplefilter("ignore")  # a name that is there twice
+        for name, text in entries:
+            package.writestr(name, text)
+    return path
+
+
+def broken_stream(path: Path) -> None:
+    pack(path, ("data/lcc.jsonl", "{}\n" * 5000))
+    content = bytearray(path.read_bytes())
+    content[30 + len("data/lcc.jsonl")] ^= 0x07  # the first bits say how the stream is packed
+    path.write_bytes(content)
+
+
+def changed_field(path: Path, place: int, value: int) -> None:
+    """One byte of the local head and of the directory's entry, which has two bytes more before it."""
+    pack(path, ("data/lcc.jsonl", "{}\n" * 5000))
+    content = bytearray(path.read_bytes())
+    content[place] = content[content.index(b"PK\x01\x02") + place + 2] = value
+    path.write_bytes(content)
+
+
+def link(path: Path) -> None:
+    info = zipfile.ZipInfo("data/lcc.jsonl")
+    info.external_attr = (stat.S_IFLNK | 0o777) << 16
+    pack(path, (info, "/etc/passwd"))
+
+
+def wrong_sum(path: Path) -> None:
+    path.write_bytes(archive(**{"data/lcc.jsonl": "first"}).replace(b"first", b"fjrst"))
+
+
+ODD_ARCHIVES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "dot": (lambda p: pack(p, ("data/lcc.jsonl", "{}"), (".", "x")), "an entry without a name ('.')"),
+    "empty name": (
+        lambda p: p.write_bytes(archive(**{"data/lcc.jsonl": "{}", "Za": "x"}).replace(b"Za", b"\0a")),
+        "an entry without a name ('')",
+    ),
+    "deflate": (broken_stream, "'data/lcc.jsonl' cannot be unpacked"),
+    "sum": (wrong_sum, "'data/lcc.jsonl' cannot be unpacked"),
+    "encrypted": (lambda p: changed_field(p, 6, 1), "'data/lcc.jsonl' is encrypted"),
+    "unknown method": (lambda p: changed_field(p, 8, 97), "'data/lcc.jsonl' cannot be unpacked"),
+    "lzma": (lambda p: changed_field(p, 8, 14), "'data/lcc.jsonl' cannot be unpacked"),
+    "twice": (lambda p: pack(p, ("data/lcc.jsonl", "{}"), ("data/lcc.jsonl", "{1}")), "holds 'data/lcc.jsonl' twice"),
+    "link": (link, "'data/lcc.jsonl' is a link"),
+    "bomb": (lambda p: pack(p, ("data/lcc.jsonl", "0" * 200_000)), "refused at 'data/lcc.jsonl', it unpacks to more"),
+    "two halves": (
+        lambda p: pack(p, ("data/lcc.jsonl", "0" * 60_000), ("data/trec.jsonl", "0" * 60_000)),
+        "refused at 'data/trec.jsonl', it unpacks to more than 100,000 bytes",
+    ),
+    "many": (lambda p: pack(p, *((f"x/{i}", "") for i in range(1001))), "it has 1001 entries"),
+    "cut": (lambda p: p.write_bytes(archive(**{"data/lcc.jsonl": "{}"})[:-30]), "not a readable zip archive"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD_ARCHIVES)
+def test_odd_archives_are_refused_in_one_line(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(longbench_files, "LARGEST_UNPACKED", 100_000)
+    make, message = ODD_ARCHIVES[kind]
+    make(tmp_path / "data.zip")
+    with pytest.raises(DataError) as caught:
+        unpack(tmp_path / "data.zip", tmp_path / "cache" / "target")
+    line = str(caught.value)
+    assert message in line and str(tmp_path / "data.zip") in line and "\n" not in line
+    assert not list((tmp_path / "cache").iterdir()), "nothing is left"
+
+
+def test_damaged_rows_are_unpacked_again(tmp_path: Path) -> None:
+    pack(tmp_path / "data.zip", ("data/lcc.jsonl", "sound"), ("data/trec.jsonl", "too"))
+    target = tmp_path / "cache" / "target"
+    (tmp_path / "cache" / ".unpacking-old").mkdir(parents=True)
+    os.utime(tmp_path / "cache" / ".unpacking-old", (0, 0))
+    rows = unpack(tmp_path / "data.zip", target) / "data" / "lcc.jsonl"
+    for damage in (lambda: rows.write_text("sOund"), rows.unlink, (target / "digests.json").unlink):
+        damage()
+        assert unpack(tmp_path / "data.zip", target) == target and rows.read_text() == "sound"
+    assert list((tmp_path / "cache").iterdir()) == [target]
+    (tmp_path / "data.zip").unlink()
+    assert unpack(tmp_path / "data.zip", target) == target, "what is sound needs no archive"
 
 
 def test_missing_data_without_network_names_path_and_command(hub: tuple[str, type[FileServer]], tmp_path: Path) -> None:

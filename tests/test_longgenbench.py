@@ -12,7 +12,8 @@ import pytest
 import yaml
 from file_server import FileServer
 
-from evals.downloads import download
+from evals import longgenbench
+from evals.downloads import download, secure
 from evals.errors import DataError
 from evals.longgenbench import INSTRUCTION, SOURCE_URL, check_rows
 from evals.suites import load_samples, task_names
@@ -141,7 +142,55 @@ def test_downloaded_once_without_a_folder(
             load(None, [name], source_url=f"{address}/LongGenBench")
     with pytest.raises(DataError, match=r"tasks\.source_url: ftp://x/csqa/csqa_40\.jsonl must begin with https://"):
         load(None, ["csqa_40"], source_url="ftp://x")
-    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["csqa_40.jsonl"]
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["csqa_40.jsonl", "csqa_40.jsonl.sha256"]
+    (kept,) = tmp_path.rglob("csqa_40.jsonl")
+    kept.write_text(kept.read_text().replace('"A"', '"C"'))  # damaged: fetched again
+    (sample,) = load(None, ["csqa_40"], source_url=f"{address}/LongGenBench/")
+    assert sample.answers == ("A", "B") and len(handler.log) > 1 and handler.log[-1] == handler.log[0]
+    monkeypatch.setattr(longgenbench, "SOURCE_URL", f"{address}/LongGenBench")  # where every digest is known
+    with pytest.raises(DataError, match=r"csqa_40\.jsonl: .*its SHA-256 is .* as it should be"):
+        load(None, ["csqa_40"], source_url=f"{address}/LongGenBench")
+
+
+@pytest.mark.parametrize(
+    ("url", "fine"),
+    [
+        ("https://example.org/x", True),
+        ("http://127.0.0.1:8000/x", True),
+        ("http://[::1]:80/x", True),
+        ("http://localhost/x", True),
+        ("http://example.org/x", False),
+        ("http://localhost.example.org/x", False),
+        ("http://127.0.0.1@example.org/x", False),
+        ("http://10.0.0.1/x", False),
+        ("file:///etc/passwd", False),
+        ("https://", False),
+        ("http://[", False),
+        ("", False),
+    ],
+)
+def test_addresses_are_https_or_of_this_machine(url: str, fine: bool) -> None:
+    assert secure(url) is fine
+
+
+def test_a_redirect_to_plain_http_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(20)
+
+        def serve() -> None:
+            connection, _ = server.accept()
+            connection.recv(4096)
+            connection.sendall(b"HTTP/1.1 302 Found\r\nLocation: http://nowhere.invalid/x\r\nContent-Length: 0\r\n\r\n")
+            connection.close()
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with pytest.raises(DataError, match=r"redirected to http://nowhere\.invalid/x, which is not https"):
+            url = f"http://127.0.0.1:{server.getsockname()[1]}/x"
+            download(url, tmp_path / "x", "tasks.source_url", check_rows, 1 << 20, "Advice")
+        thread.join()
 
 
 def test_the_address_is_the_repository_at_one_commit() -> None:
