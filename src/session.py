@@ -93,7 +93,8 @@ class Session:
         self.engine = TracingEngine(self.model.model, lanes, every) if every else Engine(self.model.model, lanes)
         self.interrupted = False
         self.failed = 0
-        folders, self.anew = [], []
+        folders = []
+        self.anew: list[str] = []
         with ExitStack() as opened:  # if the last cell's folder is refused, the others' are free again
             for cell in bind(cells, self.model):
                 folders.append((cell, self._open(cell)))
