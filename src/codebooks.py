@@ -10,13 +10,13 @@ of text, as the paper has it; the text is prose that every Python ships.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import random
 import re
 import sys
-import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -35,7 +35,6 @@ from policies.base import ModelShape
 from src import attention
 from src.embedded import cache_folder
 from src.errors import InputError
-from src.files import replacing, writing
 
 
 @dataclass(frozen=True)
@@ -106,24 +105,39 @@ def describe(model: ModelShape, groups: int, centroids: int) -> dict[str, str]:
 def save_codebooks(file: Path, tensor: Tensor, model: ModelShape, **more: Any) -> None:
     """`(layers, kv_heads, g, c, head_dim / g)`, with metadata that says what it is for; written whole."""
     found = describe(model, tensor.shape[2], tensor.shape[3]) | {k: str(v) for k, v in more.items()}
-    check_writable(file)
-    with replacing(file) as part:
-        try:
-            save_file(
-                {"centroids": tensor.contiguous()}, part, {**found, "dtype": str(model.dtype).removeprefix("torch.")}
-            )
-        except SafetensorError as error:  # as which a full disk comes out
-            raise InputError(f"{file}: cannot be written ({' '.join(str(error).split())})") from None
+    with part_of(file) as part:
+        save_file({"centroids": tensor.contiguous()}, part, {**found, "dtype": str(model.dtype).removeprefix("torch.")})
+        part.replace(file)
 
 
-def check_writable(file: Path) -> None:
-    """Before the long fit, not after it. Raises InputError."""
-    with writing(file):
+def refuse_unwritable(file: Path, size: int) -> None:
+    """Before the long fit: can a file of `size` bytes be written there?
+
+    Raises:
+        InputError: it cannot.
+    """
+    if os.path.isdir(file):
+        raise InputError(f"output={file}: a folder; valid: a file")
+    with part_of(file) as part, part.open("wb") as opened:
+        os.posix_fallocate(opened.fileno(), 0, size)
+
+
+@contextmanager
+def part_of(file: Path) -> Iterator[Path]:
+    """A name beside the file for what is not whole yet, gone at the end. Errors of writing are one line."""
+    part = file.with_name(f".{file.name}.{os.getpid()}.part")
+    try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        if file.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        with tempfile.TemporaryFile(dir=file.parent) as probe:
-            probe.write(b"probe")
+        try:
+            yield part
+        finally:
+            part.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"output={file}: cannot be written ({reason}); valid: a file in a folder that can be written and has room "
+            "(without output: XDG_CACHE_HOME)"
+        ) from None
 
 
 class KeyCollector:
@@ -189,7 +203,7 @@ def make(cfg: DictConfig) -> int:
     if not 2 <= cfg.centroids <= min(tokens, 2**15):
         raise InputError(f"centroids={cfg.centroids}: valid: 2 to {min(tokens, 2**15)} (sampled tokens, 15 bits)")
     file = Path(cfg.output).expanduser() if cfg.output else default_path(shape.name, cfg.groups, cfg.centroids)
-    if file.exists() and not cfg.overwrite:
+    if os.path.exists(file) and not cfg.overwrite:
         if made_for(file, shape, cfg.groups, cfg.centroids):
             print(f"there already: {visible(str(file))} (overwrite=true fits anew)")
             return 0
@@ -198,7 +212,7 @@ def make(cfg: DictConfig) -> int:
                 f"output={file}: holds something else than codebooks of this model and these settings; "
                 "valid: another file, or overwrite=true"
             )
-    check_writable(file)
+    refuse_unwritable(file, 4 * shape.layers * shape.kv_heads * cfg.centroids * shape.head_dim)
     texts = []
     for number in range(cfg.samples):
         text = "\n".join(passage(random.Random(f"{cfg.seed} {number}"), 8 * cfg.sample_tokens))

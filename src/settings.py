@@ -176,6 +176,7 @@ def explain(error: Exception, config_name: str, arguments: list[str]) -> str:
     if found:
         name = found[1]
         parent, _, key = name.rpartition(".")
+        arguments = [a for a in arguments if not a.startswith(f"{name}=")]  # a group that this command does not have
         return f"{name}: no setting named {key!r}; valid{f' in {parent}' if parent else ''}: " + valid_keys(
             config_name, parent, arguments
         )

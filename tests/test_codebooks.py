@@ -156,3 +156,68 @@ def test_another_checkpoint_of_the_same_name_and_shape_is_another_model() -> Non
     in_float32 = shape_of(second).weights
     second.model.to(torch.bfloat16)
     assert shape_of(second).weights == in_float32
+
+
+def test_a_models_name_stays_in_the_cache_folder(cache: Path) -> None:
+    home = codebooks.cache_folder() / "codebooks"
+    names = ["../../x", "/etc/x", "..", "", "a/b", "a_b", "a b", "x", "m" * 400, "m" * 401, "a\nb", "\x1b[31m"]
+    paths = [default_path(name, 4, 8) for name in names]
+    assert all(path.parent == home and path.resolve().parent == home.resolve() for path in paths)
+    assert len({*paths}) == len(names) and all(len(path.name) < 150 for path in paths)
+    assert default_path("smollm2-135m", 4, 8).name == "smollm2-135m-g4-c8.safetensors"
+
+
+def small(**more: Any) -> Any:
+    from omegaconf import OmegaConf
+
+    cfg = OmegaConf.load(codebooks.__file__.replace("src/codebooks.py", "conf/codebooks.yaml"))
+    return OmegaConf.merge(cfg, {"model": {}, "groups": 8, "centroids": 16, "sample_tokens": 100, "jobs": 1, **more})
+
+
+def test_where_nothing_can_be_written_is_said_before_the_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("src.models.load_model", lambda cfg: tiny_loaded())
+    monkeypatch.setattr(codebooks, "sample_keys", lambda *_: pytest.fail("the fit has begun"))
+    (tmp_path / "file").write_text("x")
+    for output in (tmp_path / "file" / "x", tmp_path, Path("/proc/no/x"), tmp_path / ("n" * 300)):
+        with pytest.raises(InputError, match=r"output=.*valid: ") as caught:
+            codebooks.make(small(output=str(output), overwrite=True))
+        assert "\n" not in str(caught.value)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(codebooks.os, "posix_fallocate", full)
+        with pytest.raises(InputError, match="No space left on device"):
+            codebooks.make(small())
+    for seed in (-1, 2**32):
+        with pytest.raises(InputError, match=f"seed={seed}: valid: 0 to 4294967295"):
+            codebooks.make(small(seed=seed))
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / "file"]
+
+
+def test_a_disk_that_fills_up_during_the_fit_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise codebooks.SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(codebooks, "save_file", full)
+    with pytest.raises(InputError, match=r"output=.*No space left on device.*valid: "):
+        saved(tmp_path / "x.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_keys_that_are_not_numbers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = tiny_loaded()
+    with torch.no_grad():
+        loaded.model.model.layers[1].self_attn.k_proj.weight[0, 0] = float("nan")
+    monkeypatch.setattr("src.models.load_model", lambda cfg: loaded)
+    with pytest.raises(InputError, match="not all finite"):
+        codebooks.make(small())
+
+
+def test_a_group_that_this_command_lacks_is_one_line() -> None:
+    from cli import call
+
+    done = call("codebooks", "policy=h2o")
+    assert done.code == 2 and done.err.count("\n") == 1
+    assert done.err.startswith("error: policy: no setting named 'policy'; valid: centroids, groups, jobs, model")
