@@ -197,8 +197,8 @@ class Engine:
         if request.reference and not any(type(cell.policy) is Full for cell in cells):
             cells.append(Cell(Full(), scope))  # what the others are compared with
         prefill = Prefill(cells, self.layers, scope, foresee(job, scope, self.model, self._full_answer))
-        for i, error in unusable.items():
-            prefill.forks[i].fail(error)
+        for i, why in unusable.items():
+            prefill.forks[i].fail(why)
         started = time.perf_counter()
         self.memory.start()
         ids = torch.tensor([request.ids[:scope]], device=self.model.device)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli import Result, call, folders, lines, predictions, unchanged
+from cli import Result, call, folders, lines, predictions
 
 MODULE = """
 from dataclasses import dataclass
@@ -276,8 +276,9 @@ def test_a_raising_policy_costs_its_own_cell_only(base: list[str], mine: Path) -
     for name, folder in found.items():
         if folder != broken:
             assert all(record["error"] is None for record in lines(folder)) and len(lines(folder)) == 3, name
-    with unchanged(done.folder):
-        again = call("sweep", *grid)
+    before = {name: (folder / "predictions.jsonl").read_bytes() for name, folder in found.items()}
+    again = call("sweep", *grid)
+    assert before == {name: (folder / "predictions.jsonl").read_bytes() for name, folder in found.items()}
     assert again.code == 1 and "3 samples failed" in again.err
     longer = call("sweep", *grid[:-1], "limit=4")
     assert longer.code == 1 and all(len(lines(folder)) == 4 for folder in found.values())
