@@ -92,7 +92,21 @@ def test_data_that_changes_to_and_fro_does_not_grow_the_file_for_ever(base: list
         found.append(len(lines(folder)))
         assert [record["answers"] for record in load_records(folder)] == [[f"name{turn % 2}"], ["name9"]]
         assert metrics(folder)["samples"] == metrics(folder)["retention"]["samples"] == 2
-    assert found == [2, 3, 4, 5, 3, 4, 5, 3, 4]  # two lines of each prompt at most
+    assert found == [2] + [3] * 8
+
+
+def test_a_sample_that_fails_anew_each_time_does_not_grow_the_file_for_ever(
+    h2o: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for turn in range(6):
+
+        def never(*_: object, turn: int = turn) -> None:
+            raise RuntimeError(f"can't allocate memory: you tried to allocate {turn} bytes")
+
+        monkeypatch.setattr("src.engine.Engine._prefill", never)
+        found.append(len(lines(run([*h2o, "limit=1"], code=1))))
+    assert found == [1, 2, 1, 2, 1, 2]
 
 
 # --- one file per sample ---
