@@ -1,10 +1,10 @@
 """Files fetched once over https and kept in the user's cache folder, whole and as they came, or not at all."""
 
+import hashlib
 import os
 import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
-from hashlib import sha256
 from http.client import HTTPException
 from ipaddress import ip_address
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from evals.errors import DataError
+from evals.visible import reason
 
 TIMEOUT_SECONDS = 30
 
@@ -70,7 +71,7 @@ def intact(path: Path, wanted: str | None) -> bool:
             of a file that somebody put there by hand).
     """
     try:
-        found = sha256(path.read_bytes()).hexdigest()
+        found = file_sha256(path)
         if not wanted and not beside(path).exists():
             with suppress(OSError):  # a cache folder that cannot be written
                 beside(path).write_text(found, encoding="ascii")
@@ -78,6 +79,11 @@ def intact(path: Path, wanted: str | None) -> bool:
         return found == (wanted or beside(path).read_text(encoding="ascii").strip())
     except (OSError, ValueError):
         return False
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def beside(path: Path) -> Path:
@@ -115,7 +121,7 @@ def download(
         if announced is not None and int(announced) != len(content):  # read(n) does not complain about fewer
             raise ValueError(f"{len(content)} of {announced} bytes came")
         check(content)
-        found = sha256(content).hexdigest()
+        found = hashlib.sha256(content).hexdigest()
         if digest and found != digest:
             raise ValueError(f"its SHA-256 is {found[:12]}..., not {digest[:12]}... as it should be")
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -125,8 +131,4 @@ def download(
             os.replace(partial, path)
     except (OSError, ValueError, RecursionError, HTTPException) as error:  # urllib's own errors are OSErrors
         state = "damaged" if target.exists() else "missing"
-        raise DataError(f"{target}: {state} and could not be fetched ({one_line(error)}). {advice}") from None
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+        raise DataError(f"{target}: {state} and could not be fetched ({reason(error)}). {advice}") from None

@@ -1,6 +1,5 @@
 """Where LongBench's files come from: a folder, or one download that later runs reuse."""
 
-import hashlib
 import json
 import lzma
 import os
@@ -15,9 +14,10 @@ import zlib
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from evals.downloads import cache_folder, download, intact, one_line, refuse_insecure_hub
+from evals.downloads import cache_folder, download, file_sha256, intact, refuse_insecure_hub
 from evals.errors import DataError
 from evals.rows import parse_format
+from evals.visible import reason
 
 HUB_REPO = "zai-org/LongBench"  # formerly THUDM/LongBench
 ARCHIVE = "data.zip"
@@ -63,7 +63,7 @@ def download_archive(hub_repo: str, revision: str) -> Path:
         return Path(hf_hub_download(hub_repo, ARCHIVE, repo_type="dataset", revision=revision))
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         raise DataError(
-            f"LongBench rows: {ARCHIVE} of {hub_repo} could not be fetched ({one_line(error)}). With network "
+            f"LongBench rows: {ARCHIVE} of {hub_repo} could not be fetched ({reason(error)}). With network "
             f"run `hf download {hub_repo} {ARCHIVE} --repo-type dataset --revision {revision}`, or set tasks.data_dir "
             "(or LONGBENCH_DIR) to a folder with data/<task>.jsonl and config/*.json"
         ) from None
@@ -99,7 +99,7 @@ def unpack(archive: Path, target: Path, digest: str | None = None) -> Path:
     except OSError as error:
         if unharmed(target):  # another process was faster
             return target
-        raise DataError(f"{target}: cannot unpack {archive} ({one_line(error)})") from None
+        raise DataError(f"{target}: cannot unpack {archive} ({reason(error)})") from None
     return target
 
 
@@ -110,11 +110,6 @@ def unharmed(target: Path) -> bool:
         return bool({path.name: file_sha256(path) for path in (target / "data").iterdir()} == recorded)
     except (OSError, ValueError, RecursionError):
         return False
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def extract(archive: Path, whole: Path) -> None:
@@ -138,7 +133,7 @@ def extract(archive: Path, whole: Path) -> None:
     except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, struct.error) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{archive}: not a readable zip archive ({one_line(error)}); delete it and try again") from None
+        raise DataError(f"{archive}: not a readable zip archive ({reason(error)}); delete it and try again") from None
     if not any((whole / "data").iterdir()):
         raise DataError(f"{archive}: holds no data/<task>.jsonl")
 
@@ -172,7 +167,7 @@ def copy(archive: Path, package: zipfile.ZipFile, info: zipfile.ZipInfo, target:
                     )
                 written.write(block)
     except DAMAGES as error:
-        raise DataError(f"{archive}: {info.filename!r} cannot be unpacked ({one_line(error)})") from None
+        raise DataError(f"{archive}: {info.filename!r} cannot be unpacked ({reason(error)})") from None
     return size
 
 
@@ -198,7 +193,7 @@ def config_files(root: Path | None, config_dir: str | None, url: str) -> tuple[d
             text.encode("utf-8")
             parse_format(text)
         except ValueError as error:  # also half of a surrogate pair, which is no text
-            raise DataError(f"{folder / PROMPTS}: the prompt of task {task} is malformed: {one_line(error)}") from None
+            raise DataError(f"{folder / PROMPTS}: the prompt of task {task} is malformed: {reason(error)}") from None
     lengths = read_table(folder / LENGTHS, int)
     for task, length in lengths.items():
         if not 1 <= length <= LONGEST:
@@ -216,7 +211,7 @@ def read_table(path: Path, kind: type) -> dict[str, Any]:
             f"or set tasks.config_dir to a folder with {PROMPTS} and {LENGTHS}"
         ) from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: broken JSON ({one_line(error)})") from None
+        raise DataError(f"{path}: broken JSON ({reason(error)})") from None
     if not isinstance(table, dict) or not all(type(value) is kind for value in table.values()):
         raise DataError(f"{path}: must be a JSON object of task names to {kind.__name__} values")
     return table

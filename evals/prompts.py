@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from evals.downloads import one_line
 from evals.errors import DataError
 from evals.tasks import Sample
 from evals.templates import DATE, read_template, template_settings
 from evals.thoughts import opens_thought
+from evals.visible import reason
 
 # Stands for the user's message while the chat form around it is looked up. Plain letters: left alone.
 PLACEHOLDER = "kvbenchplaceholdermessage"
@@ -129,7 +129,7 @@ def render(message: str, tokenizer: Any, kwargs: Mapping[str, Any], thinking: st
     except DataError:
         raise
     except Exception as error:  # a template is a program: it may raise anything
-        raise DataError(f"chat template: cannot be filled in ({one_line(error)})") from None
+        raise DataError(f"chat template: cannot be filled in ({reason(error)})") from None
     return str(form)
 
 

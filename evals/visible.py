@@ -24,6 +24,12 @@ def one_line(text: str) -> str:
     return visible(" ".join(text.split()))
 
 
+def reason(error: BaseException) -> str:
+    """The first line of what an exception says, or the name of its kind where it says nothing."""
+    said = str(error).strip()
+    return visible(said.splitlines()[0][:200]) if said else type(error).__name__
+
+
 def shortened(text: str, longest: int = LONGEST) -> str:
     """`visible` text of at most so many characters: the middle of a longer one is left out."""
     text = visible(text)

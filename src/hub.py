@@ -6,6 +6,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
 from evals.downloads import refuse_insecure_hub
+from evals.visible import reason
 from src.errors import InputError
 
 FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
@@ -42,8 +43,7 @@ def snapshot(hub_id: str, revision: str, with_code: bool = False) -> Path:
             "or set model.path=FOLDER to a local copy"
         ) from error
     except Exception as error:  # no network, a proxy, HF_HUB_OFFLINE, a full disk, an invalid name, ...
-        cause = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(
-            f"{wanted}: not in the cache and not reachable ({cause[0]}); run `hf download {hub_id}` where "
+            f"{wanted}: not in the cache and not reachable ({reason(error)}); run `hf download {hub_id}` where "
             "there is network, set model.path=FOLDER to a local copy, or take model=smollm2-135m (bundled)"
         ) from error

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
-from evals.templates import DATE
+from evals.visible import reason
 from src.chat import ChatForm, chat_form, thinking_mode
 from src.embedded import cache_folder, package_file, unpacked
 from src.errors import InputError
@@ -45,14 +45,8 @@ class LoadedModel:
     dtype: torch.dtype
     device: torch.device
     chat: bool
-    template_kwargs: dict[str, Any] = field(default_factory=dict)  # with the switch that `thinking` sets
+    form: ChatForm = field(default_factory=ChatForm)  # what its chat template puts around a prompt
     source: str = ""  # where the weights came from, for the record
-    thinking: str = "off"  # off | keep
-    thinking_note: str = ""  # what became of thinking, for the record; empty: nothing shows that the model thinks
-    date: str = DATE  # today, for chat templates that ask
-    form_settings: dict[str, str] = field(
-        default_factory=dict
-    )  # what else changes its prompts or scores (for the hash)
     fingerprint: str = ""  # of the content of all files that were read, or of a random model's shape
     files: ModelFiles | None = None  # what was read; none of random weights
 
@@ -101,7 +95,7 @@ def load_model(cfg: Mapping[str, Any] | DictConfig) -> LoadedModel:
             f"model.chat=true: the tokenizer of {name} has no chat template; "
             "set model.chat=false (a base model) or model.chat_template"
         )
-    form = ChatForm(dict(settings["template_kwargs"] or {}))  # what is put around a prompt
+    form = ChatForm(dict(settings["template_kwargs"] or {}), thinking_mode(settings["thinking"]))
     if settings["chat"]:
         form = chat_form(tokenizer, settings, name)
     context = context_length(settings, model.config)
@@ -120,12 +114,8 @@ def load_model(cfg: Mapping[str, Any] | DictConfig) -> LoadedModel:
         dtype=dtype,
         device=device,
         chat=bool(settings["chat"]),
-        template_kwargs=form.kwargs,
+        form=form,
         source=source,
-        thinking=thinking_mode(settings["thinking"]),
-        thinking_note=form.thinking_note,
-        date=str(settings["date"]),
-        form_settings=form.settings,
         fingerprint=fingerprint,
         files=files,
     )
@@ -182,7 +172,7 @@ def choose_device(name: str) -> torch.device:
             raise RuntimeError("its kernels lack float64, in which positions are rotated and fidelity is summed")
     except (RuntimeError, AssertionError) as error:
         raise InputError(
-            f"model.device={name}: not available here ({first_line(error)}); valid: auto, cpu, cuda, cuda:N"
+            f"model.device={name}: not available here ({reason(error)}); valid: auto, cpu, cuda, cuda:N"
         ) from error
     return device
 
@@ -230,10 +220,6 @@ def stop_ids(model: PreTrainedModel, tokenizer: Tokenizer, stop_tokens: Sequence
     return frozenset(found)
 
 
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 # ---- weights -------------------------------------------------------------------------------------------
 
 
@@ -274,14 +260,14 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Tokenizer:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever it is, the folder lacks a tokenizer that this machine can read
-        raise InputError(f"{folder}: its tokenizer cannot be loaded ({first_line(error)})") from error
+        raise InputError(f"{folder}: its tokenizer cannot be loaded ({reason(error)})") from error
 
 
 def load_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # damaged, or of a model that this transformers does not know
-        raise InputError(f"{folder}: cannot be loaded ({first_line(error)})") from error
+        raise InputError(f"{folder}: cannot be loaded ({reason(error)})") from error
     return config
 
 
@@ -316,7 +302,7 @@ def load_weights(folder: Path, dtype: torch.dtype, device: torch.device, trust_r
             output_loading_info=True,
         )
     except Exception as error:  # transformers raises many kinds for a model it does not know or cannot read
-        raise InputError(f"{folder}: cannot be loaded ({first_line(error)})") from error
+        raise InputError(f"{folder}: cannot be loaded ({reason(error)})") from error
     model, report = loaded
     if missing := sorted(report["missing_keys"]):  # transformers would only warn, and fill in random numbers
         raise InputError(f"{folder}: {len(missing)} weights are missing, the first is {missing[0]}")

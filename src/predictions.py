@@ -10,7 +10,7 @@ from typing import Any
 
 from src.files import write_whole
 from src.record_fields import fault
-from src.seal import as_json, one_line, open_sealed, read_object, sealed
+from src.seal import as_json, open_sealed, read_object, sealed, why_unreadable
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +100,6 @@ def _read(line: bytes) -> tuple[dict[str, Any] | None, bool, str]:
     try:
         record, has_check = open_sealed(read_object(line))
     except ValueError as error:
-        return None, b'"check"' in line, one_line(error)
+        return None, b'"check"' in line, why_unreadable(error)
     why = fault(record)
     return (None if why else record), has_check, why or ""

@@ -38,7 +38,7 @@ from src.run_files import (
     run_path,
     settings_hash,
 )
-from src.seal import as_json, one_line, open_sealed, read_small, sealed
+from src.seal import as_json, open_sealed, read_small, sealed, why_unreadable
 from src.summary import compute_metrics, succeeded
 
 __all__ = ["Kept", "Key", "RunFolder", "compute_metrics", "load_records", "run_path", "settings_hash"]
@@ -286,7 +286,7 @@ class RunFolder:
             try:
                 theirs = read_small(path)
             except (OSError, ValueError) as error:
-                damaged = one_line(error)
+                damaged = why_unreadable(error)
             if not damaged and canonical(theirs) == ours:
                 return
         if (self.path / PREDICTIONS).exists() or there:
@@ -312,7 +312,7 @@ class RunFolder:
                 if before != json.loads(json.dumps(now)):
                     earlier.append(before)
             except (OSError, ValueError, TypeError) as error:
-                log.warning("%s: damaged (%s); written anew", path, one_line(error))
+                log.warning("%s: damaged (%s); written anew", path, why_unreadable(error))
         content = {**now, **({"earlier": earlier} if earlier else {})}
         write_whole(path, json.dumps(sealed(content), indent=2) + "\n")
 
@@ -347,7 +347,7 @@ class RunFolder:
             log.warning(
                 "%s: damaged (%s); written anew, without earlier calls' peaks and missing samples",
                 path,
-                one_line(error),
+                why_unreadable(error),
             )
             return {}
 

@@ -33,15 +33,8 @@ class Prepared:
 
 def prepare(sample: Sample, model: LoadedModel) -> Prepared:
     """Tokenise; the key names the prompt by its tokens, so that changed data never passes for old."""
-    prompt = encode(
-        sample,
-        model.tokenizer,
-        model.max_prompt_tokens,
-        model.chat,
-        model.template_kwargs,
-        model.thinking,
-        model.date,
-    )
+    form = model.form
+    prompt = encode(sample, model.tokenizer, model.max_prompt_tokens, model.chat, form.kwargs, form.thinking, form.date)
     ids = model.fit_ids(prompt.ids)
     digest = hashlib.sha256(json.dumps([ids, prompt.context_tokens]).encode()).hexdigest()[:16]
     return Prepared(sample, prompt, ids, (sample.task.name, sample.id, digest))
@@ -147,7 +140,7 @@ def spoken(one: Prepared, result: Generation, model: LoadedModel) -> Spoken:
     whole = tokens[:-1] if result.finish == "stop" else tokens  # without the token that ended it
     marked = str(tokenizer.decode(whole, skip_special_tokens=False))
     found = find_thought(marked, one.prompt.thought)
-    fields: dict[str, Any] = {"thinking": model.thinking_note} if model.thinking_note else {}
+    fields: dict[str, Any] = {"thinking": model.form.thinking_note} if model.form.thinking_note else {}
     if found.state == "none":
         return Spoken(text, text, {**fields, "thought": "none"} if fields else {})
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]

@@ -17,6 +17,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from evals.visible import reason
+
 CHECK = "check"
 
 
@@ -87,11 +89,11 @@ def open_sealed(content: dict[str, Any], uncovered: Collection[str] = ()) -> tup
     return inner, CHECK in content
 
 
-def one_line(error: Exception) -> str:
+def why_unreadable(error: Exception) -> str:
     """What is wrong with a file, for people: where in it a parser gave up helps nobody."""
     if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
         return "no JSON"
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return reason(error)
 
 
 def as_json(value: Any, indent: int | None = None) -> str:

@@ -20,6 +20,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from evals.visible import reason
 from policies.full import Full
 from src.digest import digest
 from src.engine import Engine
@@ -52,7 +53,7 @@ def check_once(model: PreTrainedModel, folder: Path, compare: bool = True) -> No
     passed = folder / fingerprint(model)
     if passed.is_file():
         return
-    with implementation_restored(model), one_line(model):
+    with implementation_restored(model), refusing_failures(model):
         if compare:
             compare_with_plain(model)
         else:
@@ -203,7 +204,7 @@ def blame(model: PreTrainedModel, plain: Recorder, engine: Recorder, lengths: li
 
 
 @contextmanager
-def one_line(model: PreTrainedModel) -> Iterator[None]:
+def refusing_failures(model: PreTrainedModel) -> Iterator[None]:
     """Whatever the model's own code raises when it is called is the model's refusal, not this program's fault."""
     try:
         yield
@@ -213,9 +214,8 @@ def one_line(model: PreTrainedModel) -> Iterator[None]:
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             raise
         kind = model.config.get_text_config().model_type
-        cause = (str(error).strip().splitlines() or [""])[0]
         raise InputError(
-            f"model.self_check: model type {kind} fails on a few tokens ({type(error).__name__}: {cause}); "
+            f"model.self_check: model type {kind} fails on a few tokens ({type(error).__name__}: {reason(error)}); "
             "valid: a model that reads plain text"
         ) from error
 

@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from evals.errors import DataError
 from evals.suites import task_names
-from evals.visible import one_line
+from evals.visible import one_line, reason
 from src.checks import RULES
 from src.checks import shown as as_typed
 from src.cluster import EXTRAS, Outcome, distributed, report, run_job
@@ -169,9 +169,7 @@ def explain(error: Exception, config_name: str, arguments: list[str]) -> str:
             names = GlobalHydra.instance().config_loader().get_group_options(empty[0])
         return f"{empty[0]}=null: valid: {', '.join(name for name in names if not name.startswith('_'))}"
     if isinstance(error, OverrideParseException):
-        return (
-            f"{error.override}: cannot be read ({str(error).splitlines()[0]}); valid: name=value, quoted for the shell"
-        )
+        return f"{error.override}: cannot be read ({reason(error)}); valid: name=value, quoted for the shell"
     found = re.search(r"Could not override '([^']+)'", str(error))
     if found:
         name = found[1]
@@ -181,7 +179,7 @@ def explain(error: Exception, config_name: str, arguments: list[str]) -> str:
             config_name, parent, arguments
         )
     cause = error.__cause__ or error
-    message = (str(cause).splitlines() or [type(cause).__name__])[0]
+    message = reason(cause)
     merged = re.search(r"Error merging override (\S+?)=", str(error))
     name = merged[1].lstrip("+") if merged else str(getattr(cause, "full_key", None) or "")
     if not name:

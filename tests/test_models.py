@@ -280,14 +280,14 @@ def test_two_processes_may_unpack_at_once(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(embedded, "unpack", unpack)
     found: list[Path] = []
-    workers = [threading.Thread(target=lambda: found.append(embedded.cached_copy(gguf))) for _ in range(2)]
+    workers = [threading.Thread(target=lambda: found.append(embedded.unpacked(gguf).folder)) for _ in range(2)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
     assert len(found) == 2 and found[0] == found[1]
     assert list(found[0].parent.iterdir()) == [found[0]]  # nothing half-written is left
-    assert embedded.cached_copy(gguf) == found[0]  # and nothing is unpacked a third time
+    assert embedded.unpacked(gguf).folder == found[0]  # and nothing is unpacked a third time
     assert load_model(local(found[0])).model.dtype == torch.float32
 
 
@@ -301,10 +301,10 @@ def test_an_interrupted_unpacking_leaves_nothing(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(embedded, "unpack", fail)
     with pytest.raises(KeyboardInterrupt):
-        embedded.cached_copy(gguf)
+        embedded.unpacked(gguf)
     assert list(embedded.cache_folder().iterdir()) == []
     monkeypatch.setattr(embedded, "unpack", lambda _: (tiny("llama"), tiny_tokenizer()))
-    assert (embedded.cached_copy(gguf) / "model.safetensors").is_file()
+    assert (embedded.unpacked(gguf).folder / "model.safetensors").is_file()
 
 
 def test_what_cannot_be_unpacked_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

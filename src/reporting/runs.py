@@ -23,7 +23,7 @@ from src.reporting.stored import (
     stored_settings,
 )
 from src.run_files import PREDICTIONS
-from src.seal import one_line
+from src.seal import why_unreadable
 
 Key = tuple[str, str, str]  # task, id, prompt hash: what makes two runs' samples the same sample
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -228,5 +228,5 @@ def _defaults(policy: str) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: not readable ({one_line(error)})") from None
+        raise InputError(f"{path}: not readable ({why_unreadable(error)})") from None
     return flat(content) if isinstance(content, dict) else {}

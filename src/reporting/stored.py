@@ -13,7 +13,7 @@ from src.predictions import Lines, parse
 from src.record_fields import is_number
 from src.records import METRICS, SETTINGS
 from src.run_files import PREDICTIONS, current, settings_hash
-from src.seal import one_line, open_sealed, read_small
+from src.seal import open_sealed, read_small, why_unreadable
 from src.summary import compute_metrics
 
 AGAIN = "launch the run again"
@@ -30,7 +30,7 @@ def stored_metrics(folder: Path) -> tuple[dict[str, Any], bool]:
     try:
         return read_metrics(path)
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: {one_line(error)}; {AGAIN} to write it anew") from None
+        raise InputError(f"{path}: {why_unreadable(error)}; {AGAIN} to write it anew") from None
 
 
 def stored_settings(folder: Path, metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def stored_settings(folder: Path, metrics: Mapping[str, Any]) -> dict[str, Any]:
     try:
         settings = read_small(path)
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: damaged ({one_line(error)}); {AGAIN} to write it anew") from None
+        raise InputError(f"{path}: damaged ({why_unreadable(error)}); {AGAIN} to write it anew") from None
     named = re.search(r"-([0-9a-f]{8})$", folder.name)
     for where, known in ((METRICS, metrics.get("settings_hash")), ("the folder's name", named and named[1])):
         if known and known != settings_hash(settings):
@@ -68,7 +68,7 @@ def stored_environment(folder: Path) -> tuple[dict[str, Any], str]:
     try:
         return open_sealed(read_small(path))[0], ""
     except (OSError, ValueError) as error:
-        return {}, f"{folder.name}: environment.json is damaged ({one_line(error)}) and not shown."
+        return {}, f"{folder.name}: environment.json is damaged ({why_unreadable(error)}) and not shown."
 
 
 def stored_records(folder: Path, checked: bool) -> tuple[list[dict[str, Any]], Lines]:
@@ -107,7 +107,7 @@ def recomputed(folder: Path, records: list[dict[str, Any]], stored: Mapping[str,
             retention=stored["retention"],
         )
     except (TypeError, ValueError, KeyError, OverflowError) as error:
-        raise InputError(f"{folder / PREDICTIONS}: its records do not fit together ({one_line(error)})") from None
+        raise InputError(f"{folder / PREDICTIONS}: its records do not fit together ({why_unreadable(error)})") from None
     return metrics | {"missing": stored["missing"]}
 
 
@@ -145,5 +145,5 @@ def _yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: not readable ({one_line(error)})") from None
+        raise InputError(f"{path}: not readable ({why_unreadable(error)})") from None
     return content if isinstance(content, dict) else {}
