@@ -18,6 +18,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from src.errors import InputError
 
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # of queries, keys and values
+Rotate = Callable[[Tensor, Tensor], Tensor]  # vectors, and by how many positions each
+RotateLayer = Callable[[Tensor, Tensor, int], Tensor]  # the last one: which layer's vectors they are
+
 NAME = "lanes"
 # What models pass to their attention that does not change its result: positions are applied before it, the rest
 # says what the model itself should return.
@@ -44,7 +48,7 @@ def lanes_attention(
 
     Args:
         query: `(batch, heads, new, head_dim)`; key and value `(batch, kv_heads, new, head_dim)`.
-        lanes: a `src.lanes.Prefill` or `src.lanes.LaneBatch`, or anything with their `attend` and `longest`.
+        lanes: a `src.prefill.Prefill` or `src.pool.LaneBatch`, or anything with their `attend` and `longest`.
 
     Returns:
         `(batch, new, heads, head_dim)` and None (no weights).
@@ -137,7 +141,7 @@ class InOrder:
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, attention: Callable[..., Tensor]
     ) -> Tensor:
-        """As `src.lanes.Prefill.attend`.
+        """As `src.prefill.Prefill.attend`.
 
         Raises:
             InputError: it is not this layer's turn, or it is not of the other layers' shape.

@@ -16,7 +16,8 @@ import torch
 from transformers import DynamicCache
 
 from evals.visible import visible
-from src.engine import Engine, arrange
+from src.decode import arrange
+from src.engine import Engine
 from src.fidelity import FidelityMeter
 from src.jobs import Job, Request, Variant
 from src.memory import MemoryMeter

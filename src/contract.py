@@ -1,7 +1,7 @@
 """What a policy may hand back: checked here, and said in one line that its author can act on.
 
 Shapes, types and counts are looked at on the host, always. Values lie on the device: what must hold for them is
-noted as a `Doubt` and read with all others at once, after a prompt (`src.lanes.Prefill.settle`); a decoding step's
+noted as a `Doubt` and read with all others at once, after a prompt (`src.prefill.Prefill.settle`); a decoding step's
 are read with its tokens.
 """
 

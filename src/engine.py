@@ -10,71 +10,24 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from policies.full import Full
 from src import attention
 from src.cache import LayerCache
 from src.contract import BROKEN, RAISED, ContractError, beyond_policy, fault
+from src.decode import Lane, arrange, choose, failed, heed
 from src.errors import InputError
-from src.fidelity import FidelityMeter
+from src.fidelity import REFERENCE, FidelityMeter, fidelity_lanes
 from src.foresight import foresee
 from src.jobs import Generation, Job, Request, Variant
-from src.lanes import Cell, Fork, LaneBatch, Pool, Prefill, RotateLayer
 from src.layer_kinds import TextLengths, check_kinds
 from src.memory import MemoryMeter, is_out_of_memory
+from src.pool import LaneBatch
+from src.prefill import Cell, Prefill
 from src.rotary import Rotary
 
 PATIENCE = 8  # waves that must have fitted before wider ones are tried again
-
-
-class Lane:
-    """A lane's way through a wave.
-
-    Args:
-        result: what is filled in as the lane goes.
-        fork: the cut prompt it starts from.
-        feed: tokens to be fed before anything is generated: the question (`prompt_scope=context`), and for a
-            fidelity lane the reference answer.
-        targets: for a fidelity lane, the reference token that should follow each fed token (-1: none).
-    """
-
-    def __init__(
-        self, result: Generation, fork: Fork, feed: Sequence[int], targets: Sequence[int] | None = None
-    ) -> None:
-        self.result, self.fork, self.feed, self.targets = result, fork, feed, targets
-        self.start = self.position = fork.length
-        self.done = False
-        self.first_nll: float | None = None
-        self.shared = False  # its policy failed in a question about all its lanes
-        self.full: Lane | None = None  # a fidelity lane's counterpart with the full cache; None: itself
-
-    def next_input(self) -> int:
-        fed = self.position - self.start
-        return self.feed[fed] if fed < len(self.feed) else self.result.tokens[-1]
-
-    def advance(self, token: int) -> None:
-        """One step done; `token` is what the model would say next."""
-        self.position += 1
-        if self.position - self.start < len(self.feed):
-            return
-        if self.targets is not None:
-            self.done = True
-        else:
-            self.take(token)
-
-    def fail(self, error: str, shared: bool = False) -> None:
-        """Its policy broke its contract: nothing that the lane holds counts any more."""
-        self.result.error, self.shared, self.done = error, shared, True
-
-    def take(self, token: int) -> None:
-        """A generated token."""
-        self.result.tokens.append(token)
-        if token in self.result.request.stop_ids:
-            self.result.finish, self.done = "stop", True
-        elif len(self.result.tokens) >= self.result.request.max_new_tokens:
-            self.result.finish, self.done = "length", True
 
 
 class Engine:
@@ -343,83 +296,3 @@ def span(request: Request) -> tuple[int, int]:
     """Tokens of the first forward pass, and the most that are ever read: the last new token is not."""
     first = len(request.ids) if request.context_tokens is None else request.context_tokens
     return first, len(request.ids) + request.max_new_tokens - 1
-
-
-REFERENCE = Variant(Full(), None)  # the full-cache lane that exists only to be compared with
-
-
-def fidelity_lanes(lanes: list[Lane], forks: list[Fork], logits: Tensor, question: list[int]) -> list[Lane]:
-    """Second lanes, fed the reference answer, for every lane and for the full cache.
-
-    Args:
-        lanes: the generating lanes of one prompt.
-        forks: of all its cells, one of them the full cache.
-        logits: after the last token of the prefill, `(1, vocabulary)`.
-        question: prompt tokens that were not part of the prefill.
-    """
-    request = lanes[0].result.request
-    assert request.reference is not None
-    reference = request.reference
-    feed = [*question, *reference[:-1]]
-    targets = [-1] * (len(question) - 1) + (reference if question else reference[1:])
-    first = None if question else -float(logits[0].float().log_softmax(-1)[reference[0]])
-    full_fork = next(fork for fork in forks if type(fork.cell.policy) is Full)  # a user's subclass may cut
-    results = {id(lane.fork): lane.result for lane in lanes}
-    full_result = results.get(id(full_fork)) or Generation(request, REFERENCE)
-    full = Lane(full_result, full_fork, feed, targets)
-    extra = [full] + [
-        Lane(lane.result, lane.fork, feed, targets)
-        for lane in lanes
-        if lane.fork is not full_fork and not lane.result.error
-    ]
-    for lane in extra:
-        lane.first_nll, lane.done = first, not feed
-    for lane in extra[1:]:
-        lane.full = full
-    return extra
-
-
-def heed(batch: LaneBatch, lanes: Sequence[Lane], doubted: Sequence[bool] = ()) -> None:
-    """Lanes whose policy raised, or broke its contract, fail; the others do not notice.
-
-    Args:
-        doubted: for which lanes a step's evictions are wrong, as read.
-    """
-    for row, lane in enumerate(lanes):
-        broken = batch.error(row)
-        error = broken or (batch.error(row, doubted=True) if doubted and doubted[row] else "")
-        if error:
-            lane.fail(error, shared=bool(broken))
-
-
-def failed(lane: Lane) -> Generation:
-    """What a failed lane is answered with: the reason alone."""
-    return Generation(lane.result.request, lane.result.variant, error=lane.result.error)
-
-
-def arrange(lanes: list[Lane], rotate: RotateLayer) -> tuple[LaneBatch, list[Lane]]:
-    """Pools of lanes that may hold equally many entries; the lanes in the order of the batch's rows."""
-    groups: dict[object, dict[Cell, list[Lane]]] = {}
-    for lane in lanes:
-        groups.setdefault(lane.fork.pool_key(), {}).setdefault(lane.fork.cell, []).append(lane)
-    ordered: list[Lane] = []
-    pools = []
-    for cells in groups.values():
-        members = [lane for group in cells.values() for lane in group]
-        pools.append(Pool([lane.fork for lane in members], len(ordered)))
-        ordered += members
-    return LaneBatch(pools, rotate), ordered
-
-
-def choose(logits: Tensor, lanes: Sequence[tuple[Request, int]]) -> Tensor:
-    """Greedy next tokens `(lanes,)`; -1 where logits are not numbers.
-
-    Args:
-        logits: `(lanes, vocabulary)`; changed where a stop token may not come yet.
-        lanes: each lane's request and how many tokens it has generated.
-    """
-    for row, (request, generated) in enumerate(lanes):
-        if generated < request.min_new_tokens:
-            logits[row, list(request.stop_ids)] = -torch.inf
-    best = logits.max(dim=-1)
-    return torch.where(best.values.isfinite(), best.indices, -1)

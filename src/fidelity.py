@@ -12,6 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from policies.full import Full
+from src.decode import Lane
+from src.jobs import Generation, Variant
+from src.prefill import Fork
 from src.prompt_attention import precise
 
 
@@ -73,3 +77,37 @@ class FidelityMeter:
             "tokens": int(tokens),
             "output_error": [e / steps if steps else 0.0 for e in self.errors[index].tolist()],
         }
+
+
+REFERENCE = Variant(Full(), None)  # the full-cache lane that exists only to be compared with
+
+
+def fidelity_lanes(lanes: list[Lane], forks: list[Fork], logits: Tensor, question: list[int]) -> list[Lane]:
+    """Second lanes, fed the reference answer, for every lane and for the full cache.
+
+    Args:
+        lanes: the generating lanes of one prompt.
+        forks: of all its cells, one of them the full cache.
+        logits: after the last token of the prefill, `(1, vocabulary)`.
+        question: prompt tokens that were not part of the prefill.
+    """
+    request = lanes[0].result.request
+    assert request.reference is not None
+    reference = request.reference
+    feed = [*question, *reference[:-1]]
+    targets = [-1] * (len(question) - 1) + (reference if question else reference[1:])
+    first = None if question else -float(logits[0].float().log_softmax(-1)[reference[0]])
+    full_fork = next(fork for fork in forks if type(fork.cell.policy) is Full)  # a user's subclass may cut
+    results = {id(lane.fork): lane.result for lane in lanes}
+    full_result = results.get(id(full_fork)) or Generation(request, REFERENCE)
+    full = Lane(full_result, full_fork, feed, targets)
+    extra = [full] + [
+        Lane(lane.result, lane.fork, feed, targets)
+        for lane in lanes
+        if lane.fork is not full_fork and not lane.result.error
+    ]
+    for lane in extra:
+        lane.first_nll, lane.done = first, not feed
+    for lane in extra[1:]:
+        lane.full = full
+    return extra

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from policies.base import Policy
 from src.errors import InputError
-from src.lanes import Cell, Fork, LaneBatch
+from src.pool import LaneBatch
+from src.prefill import Cell, Fork
 
 
 @dataclass(frozen=True)

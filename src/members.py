@@ -31,7 +31,7 @@ from src.contract import (
 from src.states import settle, stack_states
 
 if TYPE_CHECKING:
-    from src.lanes import Cell
+    from src.prefill import Cell
 
 
 class Member:

@@ -10,25 +10,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from omegaconf import DictConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
-from evals.visible import reason
 from src.chat import ChatForm, chat_form, thinking_mode
 from src.embedded import cache_folder, package_file, unpacked
 from src.errors import InputError
-from src.fingerprint import ModelFiles, digest_of, read_files
-from src.hub import snapshot
+from src.fingerprint import ModelFiles, digest_of
 from src.layer_kinds import TextLengths, check_kinds, check_lengths, text_limits
+from src.model_settings import (
+    as_dict,
+    choose_device,
+    choose_dtype,
+    context_length,
+    model_name,
+    model_names,
+    prompt_limit,
+    read_yaml,
+)
 from src.self_check import check_once
+from src.weights import find_weights, load_config, load_tokenizer, load_weights
 
 log = logging.getLogger(__name__)
-
-CONF = Path(__file__).resolve().parents[1] / "conf" / "model"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 @dataclass
@@ -124,86 +129,6 @@ def load_model(cfg: Mapping[str, Any] | DictConfig) -> LoadedModel:
 # ---- settings ------------------------------------------------------------------------------------------
 
 
-def model_names() -> list[str]:
-    """The valid values of `model=`."""
-    return sorted(path.stem for path in CONF.glob("*.yaml") if not path.stem.startswith("_"))
-
-
-def model_settings(name: str, **overrides: Any) -> dict[str, Any]:
-    """The settings of one `conf/model` file with its base, for callers without Hydra."""
-    if name not in model_names():
-        raise InputError(f"model={name}: unknown model; valid: {', '.join(model_names())}")
-    return {**read_yaml("_base"), **read_yaml(name), **overrides}
-
-
-def model_name(cfg: Mapping[str, Any] | DictConfig) -> str:
-    """The name in folders and tables: known before anything is loaded. Random weights show in it."""
-    settings = as_dict(cfg)
-    if settings.get("name"):
-        return str(settings["name"])
-    if settings.get("like"):
-        layers = f"-{settings['layers']}layers" if settings.get("layers") else ""
-        return f"random-{settings['like']}{layers}"
-    if settings.get("path"):
-        return Path(str(settings["path"])).resolve().name.removesuffix(".gguf")
-    if settings.get("hub_id"):
-        return str(settings["hub_id"]).rsplit("/", 1)[-1].lower()
-    raise InputError("model.path=null: give model.path=FOLDER (or model.hub_id=OWNER/NAME)")
-
-
-def read_yaml(name: str) -> dict[str, Any]:
-    settings = as_dict(OmegaConf.load(CONF / f"{name}.yaml"))
-    settings.pop("defaults", None)
-    return settings
-
-
-def as_dict(cfg: Any) -> dict[str, Any]:
-    plain: Any = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
-    return dict(plain)
-
-
-def choose_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("its kernels lack float64, in which positions are rotated and fidelity is summed")
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(
-            f"model.device={name}: not available here ({reason(error)}); valid: auto, cpu, cuda, cuda:N"
-        ) from error
-    return device
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if name not in DTYPES:
-        raise InputError(f"model.dtype={name}: valid are auto, {', '.join(DTYPES)}")
-    return DTYPES[name]
-
-
-def prompt_limit(value: int | None, context: int) -> int:
-    """LongBench's limit for this context: 4096 -> 3500, 8192 -> 7500, 16384 -> 15500."""
-    limit = int(value) if value else max(context - 590, context // 2) // 500 * 500 or context // 2
-    if not 0 < limit < context:
-        raise InputError(f"model.max_prompt_tokens={limit}: must be above 0 and below the context of {context} tokens")
-    return limit
-
-
-def context_length(settings: Mapping[str, Any], config: PreTrainedConfig) -> int:
-    """Positions the model was made for: the setting, or what its config (for text, if it has several) says."""
-    said = settings["context_length"] or getattr(config.get_text_config(), "max_position_embeddings", None)
-    if not said:
-        raise InputError(
-            "model.context_length=null: the model's config has no max_position_embeddings; "
-            "valid: the number of positions it was trained for"
-        )
-    return int(said)
-
-
 def stop_ids(model: PreTrainedModel, tokenizer: Tokenizer, stop_tokens: Sequence[str]) -> frozenset[int]:
     """Every way this model ends an answer. One alone is not enough: Llama 3 chats end with <|eot_id|>."""
     found: set[int] = set()
@@ -221,54 +146,6 @@ def stop_ids(model: PreTrainedModel, tokenizer: Tokenizer, stop_tokens: Sequence
 
 
 # ---- weights -------------------------------------------------------------------------------------------
-
-
-def find_weights(settings: Mapping[str, Any]) -> tuple[ModelFiles, str]:
-    """The files to load from (path, installed package or hub, in this order) and a name for the record."""
-    with_code = bool(settings["trust_remote_code"])
-    if settings["path"]:
-        path = Path(str(settings["path"])).expanduser()
-        if path.is_file() and path.suffix == ".gguf":
-            return unpacked(path), str(path)
-        if not path.is_dir():
-            raise InputError(
-                f"model.path={path}: no such folder; it must hold config.json, a tokenizer and *.safetensors"
-            )
-        return read_files(check_folder(path), with_code), str(path)
-    if settings["package_file"]:
-        return unpacked(package_file(str(settings["package_file"]))), str(settings["package_file"])
-    if settings["hub_id"]:
-        folder = snapshot(settings["hub_id"], settings["revision"], with_code)
-        return read_files(check_folder(folder), with_code), f"{settings['hub_id']}@{folder.name}"
-    raise InputError("model.path=null: give model.path=FOLDER (or model.hub_id=OWNER/NAME)")
-
-
-def check_folder(folder: Path) -> Path:
-    """The folder; says what it lacks before anything is read from it."""
-    if not any(folder.glob("*.safetensors")):
-        pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
-        reason = f"only {pickles[0]}, a pickle, which is never opened" if pickles else "no *.safetensors"
-        raise InputError(
-            f"{folder}: {reason}; convert it with save_pretrained, or choose a model with safetensors weights"
-        )
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder}: no config.json; a model folder holds it beside the weights")
-    return folder
-
-
-def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Tokenizer:
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever it is, the folder lacks a tokenizer that this machine can read
-        raise InputError(f"{folder}: its tokenizer cannot be loaded ({reason(error)})") from error
-
-
-def load_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # damaged, or of a model that this transformers does not know
-        raise InputError(f"{folder}: cannot be loaded ({reason(error)})") from error
-    return config
 
 
 def check_config(config: PreTrainedConfig, settings: Mapping[str, Any], folder: Path) -> None:
@@ -289,36 +166,6 @@ def self_check(model: PreTrainedModel, settings: Mapping[str, Any]) -> None:
         check_once(model, cache_folder() / "self-check", compare=bool(settings["self_check"]) and not huge)
     except InputError as error:
         raise InputError(f"{model_name(settings)}: {error}") from None
-
-
-def load_weights(folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> PreTrainedModel:
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            use_safetensors=True,
-            dtype=dtype,
-            device_map=None if device.type == "cpu" else device,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
-    except Exception as error:  # transformers raises many kinds for a model it does not know or cannot read
-        raise InputError(f"{folder}: cannot be loaded ({reason(error)})") from error
-    model, report = loaded
-    if missing := sorted(report["missing_keys"]):  # transformers would only warn, and fill in random numbers
-        raise InputError(f"{folder}: {len(missing)} weights are missing, the first is {missing[0]}")
-    if not can_plug_in(model):
-        raise InputError(
-            f"{folder}: model type {model.config.model_type} computes attention in code of its own, so no "
-            "cache policy can be plugged in; valid: Llama, Mistral, Qwen, Gemma, Phi3 and others that use "
-            "transformers' attention interface"
-        )
-    return model
-
-
-def can_plug_in(model: PreTrainedModel) -> bool:
-    """Whether transformers would let this model's attention be replaced; it only warns where it does not."""
-    asked: Any = getattr(model, "_can_set_attn_implementation", None)
-    return asked is None or bool(asked())
 
 
 def build_random(

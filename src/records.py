@@ -28,16 +28,7 @@ from src.retention_plots import plot_retention
 from src.retention_records import chosen, needle, score_bias
 from src.retention_store import Kept, Key
 from src.retention_summary import Profile, profile, summarise
-from src.run_files import (
-    PREDICTIONS,
-    Table,
-    canonical,
-    differences,
-    key_of,
-    load_records,
-    run_path,
-    settings_hash,
-)
+from src.run_files import PREDICTIONS, Table, canonical, differences, key_of, load_records, run_path, settings_hash
 from src.seal import as_json, open_sealed, read_small, sealed, why_unreadable
 from src.summary import compute_metrics, succeeded
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from src import retention_store as store
 from src.errors import Damaged
+from src.retention_journal import Journal
 from src.retention_store import KeptSample, Key
 
 JOURNAL, FINISHED = "retention.part", "retention.npz"
@@ -26,7 +27,7 @@ class KeptFiles:
     def __init__(self, folder: Path, mode: str) -> None:
         self.mode = mode
         self.path = folder / FINISHED
-        self._journal = store.Journal(folder / JOURNAL)
+        self._journal = Journal(folder / JOURNAL)
         self._finished = self._sound()
 
     def __contains__(self, key: Key) -> bool:
@@ -60,7 +61,7 @@ class KeptFiles:
             return False
         store.write_retention(self.path, keys, self._read)
         self._journal.path.unlink(missing_ok=True)
-        self._journal = store.Journal(self._journal.path)
+        self._journal = Journal(self._journal.path)
         self.close()
         self._finished = store.load_retention(self.path)
         return True

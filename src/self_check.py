@@ -37,7 +37,7 @@ STEPS = 2  # tokens read one by one after them
 # a mixture of experts chooses another expert; there the median over all compared tokens counts instead of the largest.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.1}
 PRECISE = (torch.float64, torch.float32)
-ENGINE = ("attention", "cache", "engine", "lanes", "self_check")  # a changed engine is checked anew
+ENGINE = ("attention", "cache", "decode", "engine", "pool", "prefill", "self_check")  # a changed engine is checked anew
 
 
 def check_once(model: PreTrainedModel, folder: Path, compare: bool = True) -> None:

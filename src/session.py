@@ -35,7 +35,9 @@ from src.kept_over_time import made_with, trace_path
 from src.layer_kinds import TextLengths, check_lengths
 from src.models import LoadedModel, load_model
 from src.progress import Progress
-from src.records import Kept, RunFolder, run_path
+from src.records import RunFolder
+from src.retention_store import Kept
+from src.run_files import run_path
 from src.samples import Prepared, malformed_record, prepare, refuse_missing_references, to_record, to_request
 from src.settings import CellConfig
 from src.tracing import TracingEngine

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from src.contract import ContractError
-from src.engine import REFERENCE, Engine, Lane
+from src.decode import Lane
+from src.engine import Engine
+from src.fidelity import REFERENCE
 from src.jobs import Generation
 from src.kept_over_time import BINS, Trace
-from src.lanes import LaneBatch
+from src.pool import LaneBatch
 
 
 class TracingEngine(Engine):

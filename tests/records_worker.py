@@ -5,7 +5,8 @@ import time
 
 import numpy as np
 
-from src.records import Kept, RunFolder
+from src.records import RunFolder
+from src.retention_store import Kept
 
 with RunFolder(sys.argv[1], {"seed": 0}, "seed: 0\n") as run:
     for i in range(40):

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from src.records import Kept, RunFolder, run_path
+from src.records import RunFolder
+from src.retention_store import Kept
+from src.run_files import run_path
 
 COMPARABILITY = {
     "max_prompt_tokens": 7500,

@@ -12,12 +12,13 @@ from synthetic_runs import record, write_run
 
 from src.errors import InputError
 from src.predictions import encode, parse
-from src.records import RunFolder, load_records
+from src.records import RunFolder
 from src.report import main
 from src.reporting.analysis import analyse
 from src.reporting.data import Study, make_study
 from src.reporting.formats import comma_separated
 from src.reporting.tables import make_tables, memory_table
+from src.run_files import load_records
 
 PREDICTIONS, METRICS = "predictions.jsonl", "metrics.json"
 

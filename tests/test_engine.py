@@ -363,7 +363,7 @@ def test_nothing_of_the_failed_wave_is_alive_when_it_is_tried_again(
     def no_room(*args: Any) -> None:
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr("src.lanes.Pool.__init__", no_room)  # the prompts fit, stacking their lanes does not
+    monkeypatch.setattr("src.pool.Pool.__init__", no_room)  # the prompts fit, stacking their lanes does not
     alive.clear()
     assert all(g.error for g in engine.run([Job(ask("x", 20), [FULL, Variant(H2O(), 12)])]))
     assert len(alive) == 3 and set(alive) == {0}

@@ -14,7 +14,8 @@ from cli import call
 from evals.suites import task_names
 from src.errors import Damaged, InputError
 from src.files import Npz, append_whole, write_npz, write_whole
-from src.retention_store import Journal, Kept, KeptSample, Key, kept_sample, load_retention, write_retention
+from src.retention_journal import Journal
+from src.retention_store import Kept, KeptSample, Key, kept_sample, load_retention, write_retention
 from src.run_files import file_name
 
 

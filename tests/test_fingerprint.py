@@ -18,8 +18,10 @@ from src import embedded, session
 from src.errors import InputError
 from src.fingerprint import read_files
 from src.metrics_file import write_metrics
-from src.models import load_model, model_settings
+from src.model_settings import model_settings
+from src.models import load_model
 from src.report import main as report
+from src.weights import load_weights
 
 
 def save(folder: Path, seed: int = 0, **how: Any) -> Path:
@@ -186,7 +188,7 @@ def test_weights_written_over_in_a_run_end_it(folder: Path, tmp_path: Path, monk
 def test_files_written_while_loading_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from src import models
 
-    load = models.load_weights
+    load = load_weights
     monkeypatch.setattr(models, "load_weights", lambda *rest: (load(*rest), save(folder, seed=3))[0])
     with pytest.raises(InputError, match="changed while the model was in use"):
         load_model(model_settings("local", path=str(folder), device="cpu"))

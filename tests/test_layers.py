@@ -8,7 +8,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ENGINE = (
     "engine",
-    "lanes",
+    "pool",
+    "prefill",
+    "decode",
+    "members",
+    "evictions",
+    "contract",
     "cache",
     "attention",
     "prompt_attention",

@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from src import embedded
 from src.errors import InputError
-from src.models import CONF, load_model, model_name, model_names, model_settings, prompt_limit, read_yaml
+from src.model_settings import CONF, model_name, model_names, model_settings, prompt_limit, read_yaml
+from src.models import load_model
 
 SHAPED = [name for name in model_names() if read_yaml(name).get("shape")]
 

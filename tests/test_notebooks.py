@@ -28,9 +28,8 @@ from tiny import tiny, tiny_tokenizer
 
 from src import lab, reference
 from src.errors import InputError
-from src.records import Kept
 from src.reference_retention import DECILES, drifted, kept_figures, ratio_interval
-from src.retention_store import kept_sample
+from src.retention_store import Kept, kept_sample
 from src.settings import composing, register_tasks
 from src.statistics import bootstrap_intervals
 from src.sweep import sweep

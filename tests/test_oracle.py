@@ -19,9 +19,11 @@ from policies.full import Full
 from policies.h2o import H2O
 from policies.snapkv import SnapKV
 from policies.streaming_llm import StreamingLLM
-from src.engine import REFERENCE, Engine, Lane
+from src.decode import Lane
+from src.engine import Engine
+from src.fidelity import REFERENCE
 from src.jobs import Generation, Job, Request, Variant
-from src.lanes import LaneBatch
+from src.pool import LaneBatch
 
 STEPS = 30
 

@@ -13,7 +13,8 @@ from evals.metrics import score_sample
 from evals.prompts import encode, find
 from evals.suites import load_samples
 from evals.tasks import Sample
-from src.models import load_model, model_settings
+from src.model_settings import model_settings
+from src.models import load_model
 
 NAMES = tuple(pocket.TASKS)
 

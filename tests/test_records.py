@@ -16,8 +16,10 @@ import pytest
 
 from src.environment import environment
 from src.errors import InputError
-from src.records import Kept, RunFolder, compute_metrics, load_records, run_path, settings_hash
-from src.retention_store import load_retention
+from src.records import RunFolder
+from src.retention_store import Kept, load_retention
+from src.run_files import load_records, run_path, settings_hash
+from src.summary import compute_metrics
 
 SETTINGS = {"policy": {"name": "snapkv", "window": 32}, "budget": 4, "seed": 0}
 NAMES: dict[str, Any] = {"policy": "snapkv", "model": "tiny", "budget": 4}

@@ -13,17 +13,10 @@ import torch
 from src import retention
 from src.errors import InputError
 from src.reference_retention import needles, octave_table, slopes
+from src.retention_journal import Journal
 from src.retention_plots import plot_retention
 from src.retention_records import needle
-from src.retention_store import (
-    Journal,
-    Kept,
-    KeptSample,
-    bin_counts,
-    kept_sample,
-    load_retention,
-    write_retention,
-)
+from src.retention_store import Kept, KeptSample, bin_counts, kept_sample, load_retention, write_retention
 from src.retention_summary import profile, sample_measures, summarise
 
 NAN = float("nan")

@@ -17,10 +17,11 @@ from policies.h2o import H2O
 from policies.scope import PROMPT_POLICIES, Scope
 from policies.snapkv import SnapKV
 from policies.streaming_llm import StreamingLLM
-from src.engine import Engine, Lane
+from src.decode import Lane
+from src.engine import Engine
 from src.errors import InputError
 from src.jobs import Generation, Job, Request, SplitBudget, Variant
-from src.lanes import LaneBatch
+from src.pool import LaneBatch
 from src.settings import make_cell, parse_budget
 
 one_thread = pytest.fixture(scope="module", autouse=True)(naive.one_thread)

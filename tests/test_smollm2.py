@@ -13,7 +13,8 @@ from evals.prompts import encode
 from src import session
 from src.engine import Engine
 from src.jobs import Job, Request
-from src.models import LoadedModel, load_model, model_settings
+from src.model_settings import model_settings
+from src.models import LoadedModel, load_model
 from src.settings import make_cell, policy_config
 
 pytestmark = pytest.mark.slow

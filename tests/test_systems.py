@@ -11,8 +11,8 @@ from cli import call, folders, lines, metrics, predictions
 
 from src import kept_over_time, report
 from src.kept_over_time import Trace, trace_path
-from src.records import load_records
 from src.reporting.runs import label_runs, load_run
+from src.run_files import load_records
 
 ENTRY = 2 * 2 * 2 * 16 * 4  # keys and values, layers, KV heads, head size, float32
 

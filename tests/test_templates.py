@@ -11,7 +11,7 @@ from transformers.utils import chat_template_utils
 from evals.errors import DataError
 from evals.prompts import render
 from evals.templates import DATE, is_date, read_template
-from src.models import model_settings
+from src.model_settings import model_settings
 
 MESSAGE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
 DATED = {

@@ -17,7 +17,7 @@ from evals.templates import read_template
 from evals.thoughts import find_thought, opens_thought
 from src.chat import chat_form
 from src.errors import InputError
-from src.models import model_settings
+from src.model_settings import model_settings
 from src.reporting.data import make_study
 from src.samples import Prepared, spoken
 

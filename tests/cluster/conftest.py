@@ -21,7 +21,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 from slurm_cluster import Unavailable, cluster  # noqa: E402
 from tiny import tiny, tiny_tokenizer  # noqa: E402
 
-TIMES = ("seconds", "prefill_seconds", "decode_seconds", "lanes")  # what may differ from launch to launch
+TIMES = ("seconds", "prefill_seconds", "decode_seconds", "lanes", "check")  # what may differ from launch to launch
 
 
 class Harness:
