@@ -29,7 +29,7 @@ test: setup      ## all tests
 	$(BIN)/python -m pytest
 
 test-damage: setup ## 400 random damages to a run's files: no traceback, no wrong table without a word
-	DAMAGES=400 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_damage.py
+	DAMAGES=400 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/commands/test_damage.py
 
 lint: setup      ## formatting, lint, types
 	$(BIN)/ruff format --check .
@@ -38,7 +38,7 @@ lint: setup      ## formatting, lint, types
 
 BASE ?= HEAD~1
 same: setup      ## the same numbers as another revision? make same BASE=REVISION
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.same $(BASE)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.support.same $(BASE)
 
 bench: setup     ## speed and memory, side by side in one process
 	$(BIN)/python -m src.bench

@@ -28,9 +28,9 @@ sys.path.insert(0, "..")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from src import lab
-from src.retention import expected_accumulation
-from src.theory import accumulated, expected_with_sinks, slope_on_log
+from src.retention.measures import expected_accumulation
+from src.study import lab
+from src.study.theory import accumulated, expected_with_sinks, slope_on_log
 
 ROOT = None  # a folder with bias_study/ in it; None: ../results
 MIN_PROMPT = 2500  # tokens; shorter prompts are left out

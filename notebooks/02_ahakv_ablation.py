@@ -31,8 +31,8 @@ sys.path.insert(0, "..")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from src import lab
-from src.theory import row_entropy
+from src.study import lab
+from src.study.theory import row_entropy
 
 ROOT = None  # a folder with ahakv_ablation/ in it; None: ../results
 BUDGET = None  # needed when the study has several

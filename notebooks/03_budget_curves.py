@@ -26,7 +26,7 @@ sys.path.insert(0, "..")
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from src import lab
+from src.study import lab
 
 ROOT = None  # a folder with budget_curve/ in it; None: ../results
 

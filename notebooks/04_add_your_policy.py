@@ -34,8 +34,8 @@ from torch import Tensor
 from policies.base import ScorePolicy
 from policies.h2o import H2O
 from policies.snapkv import SnapKV
-from src import lab
-from src.prompt_attention import PromptAttention
+from src.kv.prompt import PromptAttention
+from src.study import lab
 
 lab.greyscale()
 

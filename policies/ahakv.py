@@ -16,13 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from policies.base import ScorePolicy, State, lowest_slot
+from policies.base import ScorePolicy, lowest_slot
 from policies.snapkv import pool
-from src.prompt_attention import vector_norm
+from src.kv.prompt import vector_norm
+from src.kv.state import State
 
 if TYPE_CHECKING:
-    from src.cache import DecodeStep
-    from src.prompt_attention import PromptAttention
+    from src.kv.prompt import PromptAttention
+    from src.kv.step import DecodeStep
 
 
 @dataclass(frozen=True)

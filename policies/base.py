@@ -11,64 +11,23 @@ have a leading `lanes` dimension: lanes of one policy and one budget are answere
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
-from src.cache import LayerCache
-from src.contract import check_recent, check_scores
-from src.position import log_slope, octave_means
+from src.kv.cache import LayerCache
+from src.kv.contract import check_recent, check_scores
+from src.kv.position import log_slope, octave_means
+from src.kv.state import ModelShape, State
 
 if TYPE_CHECKING:
-    from src.cache import DecodeStep
-    from src.prompt_attention import PromptAttention
+    from src.kv.prompt import PromptAttention
+    from src.kv.step import DecodeStep
 
 
 Foresight = Literal["generated", "reference"]  # which answer: the full cache's own, or the task's first reference
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """What a policy may know about the model (`Policy.bind`). `weights`: a digest that tells checkpoints apart."""
-
-    name: str
-    layers: int
-    kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
-    device: torch.device
-    weights: str = ""
-
-
-@dataclass
-class State:
-    """What a policy remembers about the cached tokens of one layer.
-
-    Attributes:
-        slots: tensors that hold something for every cached token, `(lanes, kv_heads, ..., slots + 1)`. The
-            last column belongs to the incoming token; when that token is given a slot, the engine moves the
-            column there. A policy never does this book-keeping itself.
-        fixed: tensors that do not follow the slots, `(lanes, ...)`.
-    """
-
-    slots: dict[str, Tensor] = field(default_factory=dict)
-    fixed: dict[str, Tensor] = field(default_factory=dict)
-
-    def nbytes(self) -> int:
-        """Bytes of book-keeping, all lanes together."""
-        return sum(t.untyped_storage().nbytes() for t in (*self.slots.values(), *self.fixed.values()))
-
-    def keep(self, slots: Tensor) -> None:
-        """Keep only these slots `(lanes, kv_heads, k)`, moved to the front; the incoming token's column stays."""
-        for name, tensor in self.slots.items():
-            index = slots.view(*slots.shape[:2], *(1,) * (tensor.dim() - 3), -1)
-            index = index.expand(*tensor.shape[:-1], -1)
-            kept = torch.zeros_like(tensor)
-            kept[..., : slots.shape[-1]] = tensor.gather(-1, index)
-            kept[..., -1] = tensor[..., -1]
-            self.slots[name] = kept
 
 
 @dataclass(frozen=True)
@@ -279,7 +238,7 @@ class ScorePolicy(Policy):
         return torch.cat([top, keep_all(prompt)[:, older:]], dim=-1)
 
     def prompt_measures(self, prompt: PromptAttention, budget: int) -> dict[str, Tensor]:
-        """How the score depends on the position (`src.position`), over the tokens that compete."""
+        """How the score depends on the position (`src.kv.position`), over the tokens that compete."""
         if prompt.length <= budget:
             return {}
         scores = self._older_scores(prompt, budget)

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from policies.base import ScorePolicy, State, lowest_slot
-from src.position import log_slope
+from policies.base import ScorePolicy, lowest_slot
+from src.kv.position import log_slope
+from src.kv.state import State
 
 if TYPE_CHECKING:
-    from src.cache import DecodeStep
-    from src.prompt_attention import PromptAttention
+    from src.kv.prompt import PromptAttention
+    from src.kv.step import DecodeStep
 
 
 @dataclass(frozen=True)

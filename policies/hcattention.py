@@ -15,14 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from policies.base import ModelShape, Policy, State, keep_all
-from src.cache import LayerCache
-from src.codebooks import Codebooks, load_codebooks
-from src.quantised_cache import SplitCache, encode
+from policies.base import Policy, keep_all
+from src.kv.cache import LayerCache
+from src.kv.codebooks import Codebooks, load_codebooks
+from src.kv.product import SplitCache, encode
+from src.kv.state import ModelShape, State
 
 if TYPE_CHECKING:
-    from src.cache import DecodeStep
-    from src.prompt_attention import PromptAttention
+    from src.kv.prompt import PromptAttention
+    from src.kv.step import DecodeStep
 
 BINS = 64  # of the histogram of chosen prompt positions
 
@@ -31,7 +32,7 @@ BINS = 64  # of the histogram of chosen prompt positions
 class HCAttention(Policy):
     """Keeps every token, cheaply, and attends to few. Each of the three parts can be switched off alone.
 
-    1. Keys: `groups` indices instead of head_dim numbers (`src.quantised_cache`), approximate logits z~.
+    1. Keys: `groups` indices instead of head_dim numbers (`src.kv.product`), approximate logits z~.
     2. Choice: a~ = softmax(z~); with a~ sorted from the largest, k* = min{k : sum of the first k >= tau}; only those
        are attended to. Per layer, step and query head (the last is ours), so nothing is lost for good.
     3. Values: in host memory, and their weighted sum is computed there.
@@ -41,7 +42,7 @@ class HCAttention(Policy):
         groups: g; must divide the head size. 64 and 32 of 128 in the paper.
         centroids: c, per group. 256 is ours, for the time a fit takes; the paper gains up to 2,048.
         key_bits: of an index: 16 as in the paper's accounting, or 8 where 256 centroids are enough.
-        codebooks: a file of `python -m src.codebooks`; None: the one in the cache folder.
+        codebooks: a file of `python -m src.calibrate`; None: the one in the cache folder.
         tau: attention mass of the chosen set, (0, 1]; 1 switches part 2 off.
         renormalise: divide the chosen weights by their mass (ours: what the paper does is not known; without it
             attention outputs shrink by up to 1 - tau).

@@ -10,7 +10,7 @@ from torch import Tensor
 from policies.base import Foresight, Policy, keep_all
 
 if TYPE_CHECKING:
-    from src.prompt_attention import PromptAttention
+    from src.kv.prompt import PromptAttention
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from policies.base import ScorePolicy, State, lowest_slot
+from policies.base import ScorePolicy, lowest_slot
+from src.kv.state import State
 
 if TYPE_CHECKING:
-    from src.cache import DecodeStep
-    from src.prompt_attention import PromptAttention
+    from src.kv.prompt import PromptAttention
+    from src.kv.step import DecodeStep
 
 
 @dataclass(frozen=True)

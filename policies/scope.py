@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from policies.ahakv import AhaKV
-from policies.base import Policy, State, lowest_slot
+from policies.base import Policy, lowest_slot
 from policies.full import Full
 from policies.h2o import H2O
 from policies.snapkv import SnapKV
 from policies.streaming_llm import StreamingLLM
+from src.kv.state import State
 
 if TYPE_CHECKING:
-    from src.cache import DecodeStep
-    from src.prompt_attention import PromptAttention
+    from src.kv.prompt import PromptAttention
+    from src.kv.step import DecodeStep
 
 PROMPT_POLICIES = ("h2o", "snapkv", "streaming_llm", "full", "ahakv")
 

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from policies.base import Policy, State, keep_all
+from policies.base import Policy, keep_all
+from src.kv.state import State
 
 if TYPE_CHECKING:
-    from src.cache import DecodeStep
-    from src.prompt_attention import PromptAttention
+    from src.kv.prompt import PromptAttention
+    from src.kv.step import DecodeStep
 
 
 @dataclass(frozen=True)

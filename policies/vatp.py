@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from policies.base import State, lowest_slot
+from policies.base import lowest_slot
 from policies.h2o import H2O
-from src.prompt_attention import vector_norm
+from src.kv.prompt import vector_norm
+from src.kv.state import State
 
 if TYPE_CHECKING:
-    from src.cache import DecodeStep
-    from src.prompt_attention import PromptAttention
+    from src.kv.prompt import PromptAttention
+    from src.kv.step import DecodeStep
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import io
+import json
 import os
+import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from evals.downloads import user_cache
 from src.errors import Damaged, InputError
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
@@ -136,3 +140,24 @@ class Npz:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+CACHE_NAME = "kv-eviction-bench"
+
+
+def cache_folder() -> Path:
+    """Where unpacked copies are kept: in $XDG_CACHE_HOME or ~/.cache."""
+    return user_cache() / CACHE_NAME
+
+
+def file_name(task: str, sample: str) -> str:
+    """For files of one sample: `<task>-<id>`, no two alike, also where upper and lower case are the same.
+
+    An id that is long or holds anything but lower-case letters, digits, `_`, `.` and `-` is shortened to what is
+    readable of it, followed by `~` (which no other name has) and a hash. No task's name is another's with a dash.
+    """
+    name = f"{task}-{sample}"
+    if re.fullmatch(r"[a-z0-9_.-]{1,120}", name):
+        return name
+    digest = hashlib.sha256(json.dumps([task, sample]).encode()).hexdigest()[:24]
+    return f"{re.sub(r'[^A-Za-z0-9_.-]', '_', name)[:80]}~{digest}"

@@ -9,12 +9,13 @@ import sys
 
 from omegaconf import DictConfig
 
-from src.checks import check_settings
+from src.config.cells import make_cell
+from src.config.main import main
+from src.config.rules import check_settings
 from src.errors import InputError
-from src.jobs import SplitBudget
+from src.kv.budget import SplitBudget, parse_budget
 from src.logs import log_to_stderr
-from src.session import Session, show_results
-from src.settings import main, make_cell, parse_budget
+from src.session.session import Session, show_results
 
 
 def run(cfg: DictConfig) -> int:

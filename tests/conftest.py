@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from file_server import FileServer
+
+from tests.support.file_server import FileServer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -29,14 +30,16 @@ def shared() -> Callable[[str], Path]:
 
 @pytest.fixture(autouse=True)
 def threads(request: pytest.FixtureRequest) -> None:
-    """One thread for tiny models: they are faster so, far more on a busy machine. The real weights get all."""
-    torch.set_num_threads((os.cpu_count() or 1) if request.node.get_closest_marker("slow") else 1)
+    """One thread for tiny models: they are faster so, far more on a busy machine. The real weights get what is free."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    mine = max(1, (os.cpu_count() or 1) // workers)
+    torch.set_num_threads(mine if request.node.get_closest_marker("slow") else 1)
 
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Llama with its tokenizer, saved for `model=local`."""
-    from tiny import tiny, tiny_tokenizer
+    from tests.support.tiny import tiny, tiny_tokenizer
 
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
     tiny("llama").save_pretrained(folder)

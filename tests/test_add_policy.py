@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli import ROOT, call, folders, lines, predictions
+
+from tests.support.cli import ROOT, call, folders, lines, predictions
 
 SOURCE = ROOT / "tests" / "data" / "new_policy"
 

@@ -1,47 +1,86 @@
-"""Who may know whom: the engine no policy, the evals no cache, policies no engine and no files."""
+"""Who may know whom: imports point down the floors of docs/architecture.md; methods' names stay in their rooms."""
 
 import ast
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ENGINE = (
-    "engine",
-    "pool",
-    "prefill",
-    "decode",
-    "members",
-    "evictions",
-    "contract",
-    "cache",
-    "attention",
-    "prompt_attention",
-    "states",
-    "jobs",
-    "fidelity",
-    "session",
-    "samples",
-)
+ENGINE = sorted([*ROOT.glob("src/engine/*.py"), *ROOT.glob("src/kv/*.py"), *ROOT.glob("src/session/*.py")])
 WORDS = {"full", "random", "recent"}  # names of policies that are English words too
 NAMES = {path.stem for path in (ROOT / "conf/policy").glob("*.yaml")} - WORDS
 MODULES = {path.stem for path in (ROOT / "policies").glob("*.py")} - {"__init__", "base", "full"}
+CODE = sorted(path for room in ("src", "policies", "evals") for path in (ROOT / room).rglob("*.py"))
 
 
 def imports(path: Path) -> set[str]:
+    """Modules that a file imports anywhere in it, also for its types only."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found.add(str(node.module))
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            modules = {name for name in inner if (ROOT / f"{name.replace('.', '/')}.py").exists()}
+            found |= modules or {str(node.module)}
     return found
 
 
-@pytest.mark.parametrize("module", ENGINE)
-def test_the_engine_knows_no_policy_by_name(module: str) -> None:
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def room(module: str) -> str:
+    parts = module.split(".")
+    return parts[0] if parts[0] in ("policies", "evals") else ".".join(parts[:2])
+
+
+def floors() -> dict[str, int]:
+    """Room -> its floor, 1 at the top: the list in docs/architecture.md."""
+    text = (ROOT / "docs/architecture.md").read_text()
+    lines = re.search(r"<!-- floors -->\n(.*?)<!-- end -->", text, re.S)
+    assert lines
+    return {
+        name: int(number)
+        for number, names in re.findall(r"^(\d+)\. (.*)$", lines[1], re.M)
+        for name in names.split(", ")
+    }
+
+
+def test_every_room_has_a_floor() -> None:
+    assert {room(module_of(path)) for path in CODE} - {"src"} == set(floors())
+
+
+@pytest.mark.parametrize("path", CODE, ids=module_of)
+def test_imports_point_down(path: Path) -> None:
+    own, level = room(module_of(path)), floors()
+    for name in sorted(imports(path)):
+        there = room(name)
+        if name.split(".")[0] in ("src", "policies", "evals") and there != own:
+            assert level[there] > level[own], f"{module_of(path)} imports {name}: an arrow up"
+
+
+def test_no_room_has_a_circle() -> None:
+    graph = {module_of(path): imports(path) for path in CODE}
+    graph = {module: {name for name in found if name in graph} for module, found in graph.items()}
+
+    def circle(module: str, way: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+        if module in way:
+            yield (*way[way.index(module) :], module)
+        elif module not in done:
+            for name in graph[module]:
+                yield from circle(name, (*way, module))
+            done.add(module)
+
+    done: set[str] = set()
+    assert not [way for module in graph for way in circle(module)]
+
+
+@pytest.mark.parametrize("path", ENGINE, ids=module_of)
+def test_the_engine_knows_no_policy_by_name(path: Path) -> None:
     """Except the full cache, which fidelity compares with."""
-    path = ROOT / "src" / f"{module}.py"
     assert not {f"policies.{name}" for name in MODULES} & imports(path)
     code = ast.parse(path.read_text())
     strings = {n.value for n in ast.walk(code) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
@@ -57,13 +96,5 @@ def test_evals_know_nothing_of_caches() -> None:
 
 def test_policies_know_tensors_only() -> None:
     """What they share with the engine are data structures; no engine, no sessions, no results."""
-    allowed = {
-        "src.cache",
-        "src.prompt_attention",
-        "src.position",
-        "src.quantised_cache",
-        "src.codebooks",
-        "src.contract",
-    }
     for path in (ROOT / "policies").glob("*.py"):
-        assert {name for name in imports(path) if name.startswith(("src", "evals"))} <= allowed, path.name
+        assert {room(name) for name in imports(path) if name.startswith(("src", "evals"))} <= {"src.kv"}, path.name

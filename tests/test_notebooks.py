@@ -23,16 +23,17 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
-from synthetic_runs import record, write_run
-from tiny import tiny, tiny_tokenizer
 
-from src import lab, reference
+from src.compare.intervals import bootstrap_intervals
+from src.config.compose import composing, register_tasks
 from src.errors import InputError
-from src.reference_retention import DECILES, drifted, kept_figures, ratio_interval
-from src.retention_store import Kept, kept_sample
-from src.settings import composing, register_tasks
-from src.statistics import bootstrap_intervals
+from src.retention.store import Kept, kept_sample
+from src.study import __main__ as reference
+from src.study import lab
+from src.study.retention_tables import DECILES, drifted, kept_figures, ratio_interval
 from src.sweep import sweep
+from tests.support.synthetic_runs import record, write_run
+from tests.support.tiny import tiny, tiny_tokenizer
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.py"))
 STUDIES = ("bias_study", "ahakv_ablation", "budget_curve")
@@ -233,7 +234,7 @@ def test_written_tables_come_back_and_say_how_they_were_made(root: Path, tmp_pat
     for name in reference.TABLES:
         pd.testing.assert_frame_equal(getattr(again, name), getattr(direct, name), check_dtype=False, rtol=1e-4)
     text = (out / "README.md").read_text()
-    assert "    python -m x a=1\n    python -m src.reference" in text
+    assert "    python -m x a=1\n    python -m src.study" in text
     assert "model: tiny" in text and "prompts: " in text and "random_weights: False" in text
     assert {"n", "low", "high"} <= set(again.retention) and "" in set(again.cells["options"])
 

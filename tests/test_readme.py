@@ -5,11 +5,11 @@ import shlex
 from pathlib import Path
 
 import pytest
-from cli import call
 from omegaconf import OmegaConf
 
-from src import settings
-from src.sweep import grid
+from src.config import compose as config
+from src.config.cells import grid
+from tests.support.cli import call
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -18,7 +18,7 @@ TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 def commands() -> list[str]:
     blocks = [block for text in TEXTS for block in re.findall(r"```bash\n(.*?)```", text.read_text(), re.DOTALL)]
     lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    return [line for line in dict.fromkeys(lines) if re.match(r"python -m src\.(run|sweep|bench|codebooks) ", line)]
+    return [line for line in dict.fromkeys(lines) if re.match(r"python -m src\.(run|sweep|bench|calibrate) ", line)]
 
 
 def test_there_are_some() -> None:
@@ -37,9 +37,9 @@ def test_command_composes(command: str) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "conf" / "experiment").glob("*.yaml")), ids=lambda path: path.stem)
 def test_an_experiment_is_a_grid(path: Path) -> None:
-    settings.register_tasks()
-    with settings.composing():
-        cfg = settings.compose("sweep", overrides=[f"experiment={path.stem}"])
+    config.register_tasks()
+    with config.composing():
+        cfg = config.compose("sweep", overrides=[f"experiment={path.stem}"])
     cells = grid(OmegaConf.to_container(cfg.policies), OmegaConf.to_container(cfg.budgets))
     assert len(cells) >= 8 and len({(c.shown, c.budget) for c in cells}) == len(cells)
 

@@ -20,7 +20,7 @@ if find_spec("hydra_plugins.hydra_ray_launcher"):
             import ray
             from hydra_plugins.hydra_ray_launcher._launcher_util import launch_job_on_ray, start_ray
 
-            from src.cluster import Outcome, finish, outcome_of
+            from src.config.cluster import Outcome, finish, outcome_of
             from src.errors import InputError
 
             setup_globals()

@@ -22,7 +22,7 @@ if find_spec("hydra_plugins.hydra_submitit_launcher"):
         """One job array; all its jobs are waited for and reported, also those that Slurm killed."""
 
         def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-            from src.cluster import Outcome, finish, outcome_of
+            from src.config.cluster import Outcome, finish, outcome_of
 
             jobs = self._submit(job_overrides, initial_job_idx)
             array = jobs[0].job_id.split("_")[0]

@@ -16,10 +16,11 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path[:0] = [str(HERE), str(ROOT)]
 
 from slurm_cluster import Unavailable, cluster  # noqa: E402
-from tiny import tiny, tiny_tokenizer  # noqa: E402
+
+from tests.support.tiny import tiny, tiny_tokenizer  # noqa: E402
 
 TIMES = ("seconds", "prefill_seconds", "decode_seconds", "lanes", "check")  # what may differ from launch to launch
 

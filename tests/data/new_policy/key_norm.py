@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from policies.base import ScorePolicy, State, lowest_slot
+from policies.base import ScorePolicy, lowest_slot
 
 if TYPE_CHECKING:
-    from src.cache import DecodeStep
-    from src.prompt_attention import PromptAttention
+    from src.kv.prompt import PromptAttention
+    from src.kv.state import State
+    from src.kv.step import DecodeStep
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,152 @@
+"""Cells: one policy at one budget, made out of the settings; a sweep's grid of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import yaml
+from hydra import compose
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from src.config.compose import composing, explain
+from src.config.rules import shown as as_typed
+from src.config.targets import make_policy
+from src.engine.request import Variant
+from src.errors import InputError
+from src.kv.budget import Budget, SplitBudget, parse_budget
+
+LONGEST_NAME = 100  # characters of a policy's name: it is part of file names
+
+
+@dataclass(frozen=True)
+class CellConfig:
+    """One policy at one budget, with the settings it was made from (they go into the results folder's hash)."""
+
+    label: str  # the policy's name
+    settings: dict[str, Any]
+    variant: Variant
+    shown: str = ""  # the name with the options that were changed, for people
+    found: dict[str, Any] = field(default_factory=dict)  # what the policy took from elsewhere (`Policy.fingerprint`)
+
+    @property
+    def budget(self) -> int | float | None:
+        """One number for tables: of a budget in two parts their sum, or the prompt's part if one is a share."""
+        budget = self.variant.budget
+        if not isinstance(budget, SplitBudget):
+            return budget
+        both = isinstance(budget.prompt, int) and isinstance(budget.decode, int)
+        return budget.prompt + budget.decode if both else budget.prompt
+
+    @property
+    def given(self) -> Any:
+        """The budget as a command would give it."""
+        budget = self.variant.budget
+        return asdict(budget) if isinstance(budget, SplitBudget) else budget
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The policy's settings as a command would give them."""
+        return {name: value for name, value in self.settings.items() if name != "decode_budget"}
+
+    @property
+    def budget_name(self) -> str:
+        """In folder names: `all` without a budget, `256+64` in two parts."""
+        budget = self.variant.budget
+        return "all" if budget is None else f"{budget:g}" if isinstance(budget, float) else str(budget)
+
+
+def policy_config(spec: str | Mapping[str, Any], seed: int = 0) -> DictConfig:
+    """`snapkv` or `{name: snapkv, kernel: 1}` as the composed config of that policy.
+
+    Args:
+        seed: the run's, for policies that draw random numbers.
+
+    Raises:
+        InputError: an unknown policy or option; the valid ones are named.
+    """
+    options = {"name": spec} if isinstance(spec, str) else dict(spec) if isinstance(spec, Mapping) else {}
+    name = options.pop("name", None)
+    if not isinstance(name, str) or not re.fullmatch(r"[\w./-]+", name):
+        problem = "has no name" if name is None else f"has name={name}"
+        raise InputError(f"policies: {spec} {problem}; valid: a policy's name or {{name: ..., option: value}}")
+    overrides = [f"policy={name}", f"seed={seed}"]
+    if HydraConfig.initialized():  # a folder of the user's own policies
+        sources = HydraConfig.get().runtime.config_sources
+        extra = [f"{s.schema}://{s.path}" for s in sources if s.provider not in ("hydra", "main", "schema")]
+        if extra:
+            overrides.append("hydra.searchpath=[" + ",".join(map(quoted, extra)) + "]")
+    try:
+        with composing():
+            node = compose("config", overrides=overrides).policy
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError, RecursionError) as error:
+        raise InputError(explain(error, "config", [])) from None
+    if not isinstance(node, DictConfig) or "_target_" not in node:
+        raise InputError(f"policy={name}: its configuration has no _target_; valid: _target_: module.Class")
+    unknown = sorted(set(options) - set(node))
+    if unknown:
+        valid = ", ".join(sorted(str(k) for k in node if k not in ("name", "_target_")))
+        raise InputError(f"policies: {name} has no option {unknown[0]!r}; valid: {valid or 'none'}")
+    return OmegaConf.merge(node, options)  # type: ignore[return-value]
+
+
+def quoted(value: str) -> str:
+    """For Hydra's override grammar."""
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def make_cell(policy: DictConfig, budget: Budget | None, shown: str = "") -> CellConfig:
+    """The policy object and its label; `policy` is a config with `name` and `_target_`.
+
+    Raises:
+        InputError: a value that the policy does not take.
+    """
+    settings: dict[str, Any] = OmegaConf.to_container(policy, resolve=True)  # type: ignore[assignment]
+    name = settings.pop("name", str(settings.get("_target_") or chosen_policy()).rpartition(".")[2].lower())
+    if not isinstance(name, str) or not 0 < len(name) <= LONGEST_NAME or not name.isprintable():
+        raise InputError(f"policy.name={as_typed(name)}: valid: a name of 1 to {LONGEST_NAME} printable characters")
+    made = make_policy(settings, name)
+    settings = {"name": name, **settings}
+    if isinstance(budget, SplitBudget) and made.uses_budget:
+        settings["decode_budget"] = budget.decode
+        shown = f"{shown or name} decode={budget.decode:g}"
+    return CellConfig(name, settings, Variant(made, budget if made.uses_budget else None), shown or name)
+
+
+def chosen_policy() -> str:
+    """What `policy=` was given, for messages about a file that says no name."""
+    return str(HydraConfig.get().runtime.choices.get("policy")) if HydraConfig.initialized() else "policy"
+
+
+def grid(policies: Any, budgets: Any, seed: int = 0) -> list[CellConfig]:
+    """All cells; a policy without a budget has one.
+
+    Raises:
+        InputError: an empty grid, a cell listed twice, an unknown policy or option, an unusable budget.
+    """
+    for name, values in (("policies", policies), ("budgets", budgets)):
+        if not isinstance(values, list):
+            raise InputError(
+                f"{name}={values}: valid: a list, e.g. {name}=[{'h2o,snapkv' if name == 'policies' else '128,256'}]"
+            )
+    if not policies:
+        raise InputError("policies=[]: the grid is empty; valid: at least one policy")
+    cells: list[CellConfig] = []
+    for spec in policies:
+        policy = policy_config(spec, seed)
+        options = [] if isinstance(spec, str) else [f"{k}={v}" for k, v in spec.items() if k != "name"]
+        shown = " ".join([str(policy.name), *options])
+        single = not make_cell(policy, 1 << 30).variant.policy.uses_budget
+        if not budgets and not single:
+            raise InputError(f"budgets=[]: the grid is empty; valid: at least one budget for {shown}")
+        for budget in [None] if single else budgets:
+            cell = make_cell(policy, None if single else parse_budget(budget), shown)
+            if any(cell.variant == other.variant for other in cells):
+                raise InputError(f"policies, budgets: the cell {shown}, budget {budget} is listed twice; valid: once")
+            cells.append(cell)
+    return cells

@@ -1,0 +1,87 @@
+"""Configuration: compose it, turn Hydra's complaints into one line, make policies and cells out of it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+import hydra
+import yaml
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from evals.errors import DataError
+from evals.visible import one_line
+from src.config.cluster import Outcome, distributed, report, run_job
+from src.config.command_line import check_arguments, only_known_targets
+from src.config.compose import CONF, explain, register_tasks
+from src.config.help import register_help
+from src.errors import InputError
+from src.files import no_room
+
+INTERRUPTED = 130  # the exit code of whatever Ctrl-C has ended
+
+
+def main(config_name: str, job: Callable[[DictConfig], int]) -> int:
+    """Run `job` under Hydra, once or for `-m` many times, and turn what goes wrong into one line on stderr.
+
+    Returns:
+        The exit code, the largest of all jobs': 0, 1 (samples failed), 2 (a setting or an input is wrong).
+    """
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us as exceptions
+    register_tasks()
+    register_help()
+    codes: list[int] = []
+    begun: list[DictConfig] = []
+
+    def collect(cfg: DictConfig) -> int | Outcome:
+        begun.append(cfg)
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            outcome = run_job(job, cfg)
+            if distributed():
+                return outcome  # to the launcher, in the process that the user started
+            codes.append(report([HydraConfig.get().job.override_dirname.replace(",", " ")], outcome))
+        else:
+            try:
+                codes.append(job(cfg))
+            except (InputError, DataError) as error:
+                codes.append(complain(str(error)))
+            except OmegaConfBaseException as error:
+                codes.append(complain(explain(error, config_name, sys.argv[1:])))
+            except OSError as error:
+                if (why := no_room(error)) is None:
+                    raise
+                codes.append(complain(why))
+        if codes[-1] == INTERRUPTED:
+            raise KeyboardInterrupt  # ends the jobs that were to follow, too
+        return codes[-1]
+
+    collect.__module__, collect.__qualname__ = job.__module__, job.__qualname__
+    collect.codes = codes  # type: ignore[attr-defined]  # where a launcher of hydra_plugins/ adds its jobs' codes
+    try:
+        check_arguments(sys.argv[1:], config_name)
+        with only_known_targets():
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(collect)()
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        return complain(explain(error, config_name, sys.argv[1:]))
+    except InputError as error:  # of a launch
+        return complain(str(error))
+    except (ValueError, OSError, RecursionError) as error:
+        if begun:
+            raise  # a programming error; before any job it is an override or a file that Hydra cannot take
+        return complain(explain(error, config_name, sys.argv[1:]))
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except SystemExit as end:  # Hydra ends so after --help
+        return int(end.code or 0)
+    return max(codes, default=0)
+
+
+def complain(message: str) -> int:
+    """One line on stderr; returns the exit code for it."""
+    print(f"error: {one_line(message)}", file=sys.stderr)
+    return 2

@@ -1,0 +1,306 @@
+"""What a policy may hand back: checked here, and said in one line that its author can act on.
+
+Shapes, types and counts are looked at on the host, always. Values lie on the device: what must hold for them is
+noted as a `Doubt` and read with all others at once, after a prompt (`Prefill.settle`); a decoding step's are read with
+its tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from src.errors import InputError
+
+WHOLE = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
+LONGEST = 300  # characters of somebody else's message
+RAISED = (Exception, SystemExit)  # what a policy's code may end with; Ctrl-C is the user's
+BROKEN = -2  # in place of a token: the lane's policy has evicted no valid slot
+
+log = logging.getLogger(__name__)
+
+
+class ContractError(ValueError):
+    """A policy handed back what it may not.
+
+    Args:
+        found: "gave ...; expected ...".
+        hook: of the policy, where it is another one than the engine asked.
+    """
+
+    def __init__(self, found: str, hook: str = "") -> None:
+        super().__init__(found)
+        self.hook = hook
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """Numbers that are still on the device.
+
+    Args:
+        hook: of the policy.
+        numbers: one dimension.
+        judge: what is wrong with them ("gave ...; expected ..."), or nothing.
+    """
+
+    hook: str
+    numbers: Tensor
+    judge: Callable[[Sequence[float]], str]
+
+
+def beyond_policy(error: BaseException) -> bool:
+    """Whether it is no fault of the policy that raised it: the model is refused, memory ran out, a device is lost."""
+    if isinstance(error, InputError) or is_out_of_memory(error):
+        return True
+    return isinstance(error, RuntimeError) and "CUDA error" in said(error)
+
+
+def fault(policy: object, hook: str, layer: int | None, error: BaseException) -> str:
+    """One line about what a policy raised; its traceback goes to the log (level debug)."""
+    log.debug("%s.%s", type(policy).__name__, hook, exc_info=error)
+    where = [] if layer is None else [f"layer {layer}"]
+    if isinstance(error, ContractError):
+        return describe(policy, error.hook or hook, said(error), where)
+    where.append(place(policy, error))
+    message = said(error)
+    return describe(policy, hook, f"raised {type(error).__name__}{': ' if message else ''}{message}", where)
+
+
+def describe(policy: object, hook: str, what: str, where: Sequence[str]) -> str:
+    """`policy H2O: evict gave ...; expected ... (layer 3)`."""
+    return f"policy {type(policy).__name__}: {hook} {what}" + (f" ({', '.join(where)})" if where else "")
+
+
+def said(error: BaseException) -> str:
+    """An exception's message as one printable line; nothing if it has none."""
+    try:
+        text = " ".join(str(error).split())
+    except RAISED:  # its author's mistake, too
+        return ""
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
+
+
+def place(policy: object, error: BaseException) -> str:
+    """`file.py:line` that raised: the last line of the policy's own file, if there is one."""
+    frames = traceback.extract_tb(error.__traceback__)
+    try:
+        own = [frame for frame in frames if frame.filename == inspect.getfile(type(policy))]
+    except (TypeError, OSError):  # a class made in a notebook
+        own = []
+    last = (own or frames)[-1]
+    return f"{Path(last.filename).name}:{last.lineno}"
+
+
+def show(value: Any) -> str:
+    """What was found: shape and type of a tensor, else the value (shortened)."""
+    if isinstance(value, Tensor):
+        return f"shape {tuple(value.shape)}, {str(value.dtype).removeprefix('torch.')}, on {value.device}"
+    text = f"{type(value).__name__} {value!r}" if value is not None else "None"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+# The prompt.
+
+
+def check_kept(kept: Any, kv_heads: int, length: int, most: int, device: torch.device) -> tuple[Tensor, Doubt]:
+    """`Policy.keep_prompt`'s positions, made safe to index with, and what must hold for their values.
+
+    Raises:
+        ContractError: not `(kv_heads, k)` whole numbers, 1 <= k <= most.
+    """
+    fits = isinstance(kept, Tensor) and kept.dtype in WHOLE and kept.device == device
+    if not fits or kept.dim() != 2 or kept.shape[0] != kv_heads or not 1 <= kept.shape[1] <= most:
+        raise ContractError(
+            f"gave {show(kept)}; expected positions ({kv_heads}, k), 1 <= k <= {most}, int64, on {device}"
+        )
+    kept = kept.long()
+    low, high = kept.aminmax()
+    numbers = [low, high]
+    if kept.shape[1] > 1:
+        numbers.append(kept.sort(dim=-1).values.diff(dim=-1).amin())
+
+    def judge(found: Sequence[float]) -> str:
+        outside = [int(p) for p in found[:2] if not 0 <= p < length]
+        if outside:
+            return f"gave position {outside[0]}; expected positions from 0 to {length - 1}"
+        return "gave a position more than once; expected distinct ones" if min(found[2:], default=1) < 1 else ""
+
+    return kept.clamp(0, length - 1), Doubt("keep_prompt", torch.stack(numbers), judge)
+
+
+def check_limit(limit: Any, kept: int, budget: int | None, grows: bool) -> int | None:
+    """`Policy.limit`: None where the cache may grow, else at least what was kept and at most the budget (None: any).
+
+    Raises:
+        ContractError: anything else.
+    """
+    if limit is None and grows:
+        return None
+    if type(limit) is not int or limit < kept or (budget is not None and limit > budget):
+        most = "" if budget is None else f" to {budget}, the budget"
+        wanted = "a whole number" + (" or None" if grows else "")
+        raise ContractError(f"gave {show(limit)}; expected {wanted}, from {kept}, what was kept,{most or ' on'}")
+    return limit
+
+
+def check_start(state: Any, kv_heads: int, kept: int) -> None:
+    """`Policy.start`'s state, for one lane.
+
+    Raises:
+        ContractError: not a State, or one with a tensor in `slots` that is not `(kv_heads, ..., kept)`.
+    """
+    if not (isinstance(getattr(state, "slots", None), dict) and isinstance(getattr(state, "fixed", None), dict)):
+        raise ContractError(f"gave {show(state)}; expected a State")
+    for name, tensor in (*state.slots.items(), *state.fixed.items()):
+        if not isinstance(tensor, Tensor):
+            raise ContractError(f"gave {name!r} = {show(tensor)}; expected tensors")
+    for name, tensor in state.slots.items():
+        if tensor.dim() < 2 or tensor.shape[0] != kv_heads or tensor.shape[-1] != kept:
+            raise ContractError(f"gave slots[{name!r}] of {show(tensor)}; expected ({kv_heads}, ..., {kept})")
+
+
+def check_cache(cache: Any, shape: tuple[int, int, int], limit: int | None) -> None:
+    """`Policy.make_cache`: a cache of exactly the kept entries, positions `(1, kv_heads, kept)`.
+
+    Raises:
+        ContractError: anything else.
+    """
+    positions = getattr(cache, "positions", None)
+    if not isinstance(positions, Tensor) or positions.shape != shape or cache.used != [shape[2]]:
+        raise ContractError(f"gave {show(cache)}; expected a LayerCache with positions {shape}")
+    if cache.limit != limit or cache.keys.shape[:3] != shape or cache.values.shape[:3] != shape:
+        raise ContractError(f"gave a cache of other shape or limit; expected keys {shape} and limit {limit}")
+
+
+def check_measures(measures: Any, values: type | tuple[type, ...] = object) -> dict[str, Any]:
+    """`Policy.prompt_measures` and `Policy.measures`: names and values.
+
+    Raises:
+        ContractError: anything else.
+    """
+    if isinstance(measures, dict) and all(isinstance(k, str) and isinstance(v, values) for k, v in measures.items()):
+        return measures
+    kind = "" if values is object else " and tensors"
+    raise ContractError(f"gave {show(measures)}; expected a dict of names{kind}")
+
+
+def check_scores(scores: Any, kv_heads: int, older: int) -> Doubt:
+    """A `ScorePolicy`'s scores of the tokens that compete, `(kv_heads, older)`.
+
+    Raises:
+        ContractError: other shapes, or no numbers.
+    """
+    fits = isinstance(scores, Tensor) and (scores.is_floating_point() or scores.dtype in WHOLE)
+    if not fits or scores.shape != (kv_heads, older):
+        wanted = f"expected numbers ({kv_heads}, n), n from {older}, the tokens that compete,"
+        raise ContractError(f"gave {show(scores)}; {wanted} to the prompt's length", "score")
+    return Doubt("score", torch.cat(scores.aminmax(dim=-1)), judge_scores)
+
+
+def judge_scores(found: Sequence[float]) -> str:
+    """`found`: of every KV head the lowest score, then of every head the highest; one NaN makes both NaN."""
+    lows, highs = found[: len(found) // 2], found[len(found) // 2 :]
+    if any(low != low for low in lows):
+        return "gave NaN for a token; expected numbers"
+    if max(lows) == torch.inf or min(highs) == -torch.inf:
+        return "gave the same infinity for all tokens of a head; expected numbers (infinity: stays)"
+    return ""
+
+
+# Decoding.
+
+
+def check_evict(victims: Any, lanes: int, kv_heads: int, device: torch.device) -> Tensor:
+    """`Policy.evict`'s slots, `(lanes, kv_heads)`.
+
+    Raises:
+        ContractError: other shapes, or no whole numbers.
+    """
+    if not isinstance(victims, Tensor) or victims.shape != (lanes, kv_heads) or victims.dtype not in WHOLE:
+        raise ContractError(f"gave {show(victims)}; expected slots ({lanes}, {kv_heads}), int64")
+    if victims.device != device:
+        raise ContractError(f"gave slots on {victims.device}; expected them on {device}")
+    return victims
+
+
+def check_prune(kept: Any, lanes: int, kv_heads: int, most: int, own_pool: bool, device: torch.device) -> Tensor:
+    """`Policy.prune`'s slots, `(lanes, kv_heads, k)`, k <= most.
+
+    Raises:
+        ContractError: other shapes, no whole numbers, or a policy that shares its cache with others.
+    """
+    if not own_pool:
+        raise ContractError("gave slots to keep; expected None, or own_pool = True in the policy's class")
+    fits = isinstance(kept, Tensor) and kept.dtype in WHOLE and kept.device == device
+    if not fits or kept.dim() != 3 or kept.shape[:2] != (lanes, kv_heads) or not 1 <= kept.shape[2] <= most:
+        raise ContractError(
+            f"gave {show(kept)}; expected slots ({lanes}, {kv_heads}, k), 1 <= k <= {most}, int64, or None"
+        )
+    return kept.long()
+
+
+def check_state(slots: Mapping[str, Tensor], fixed: Mapping[str, Tensor], shape: tuple[int, int, int]) -> None:
+    """A state after a step, `(lanes, kv_heads, ..., slots + 1)`: a policy may write into it, not reshape it.
+
+    Raises:
+        ContractError: another shape.
+    """
+    lanes, kv_heads, width = shape
+    for name, tensor in slots.items():
+        found = tensor.shape
+        if found[0] != lanes or found[1] != kv_heads or found[-1] != width or len(found) < 3:
+            raise ContractError(f"left slots[{name!r}] of {show(tensor)}; expected ({lanes}, {kv_heads}, ..., {width})")
+    for name, tensor in fixed.items():
+        if tensor.shape[0] != lanes:
+            raise ContractError(f"left fixed[{name!r}] of {show(tensor)}; expected ({lanes}, ...)")
+
+
+def check_by_slot(shares: Any, shape: tuple[int, int, int]) -> None:
+    """What `Policy.attended` and `Policy.picks` give for one layer, `(lanes, kv_heads, slots + 1)`.
+
+    Raises:
+        ContractError: anything else.
+    """
+    if not isinstance(shares, Tensor) or shares.shape != shape:
+        raise ContractError(f"gave {show(shares)} for a layer; expected {shape}, or None for all layers")
+
+
+def check_room(room: Any, limit: int) -> int:
+    """`Policy.room`.
+
+    Raises:
+        ContractError: not a whole number from 1 to `limit`.
+    """
+    if type(room) is not int or not 1 <= room <= limit:
+        raise ContractError(f"gave {show(room)}; expected a whole number from 1 to {limit}, the cache's limit")
+    return room
+
+
+def check_recent(recent: Any, budget: int) -> int:
+    """`ScorePolicy.recent`.
+
+    Raises:
+        ContractError: not a whole number from 0 to `budget`.
+    """
+    if type(recent) is not int or not 0 <= recent <= budget:
+        raise ContractError(f"gave {show(recent)}; expected a whole number from 0 to {budget}, the budget", "recent")
+    return recent
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """CUDA's allocator raises a class of its own; the driver, cuBLAS and the CPU's allocator only a message."""
+    if isinstance(error, MemoryError):
+        return True
+    messages = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    if not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, torch.OutOfMemoryError) or any(message in str(error) for message in messages)

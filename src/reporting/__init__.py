@@ -1,1 +1,0 @@
-"""The parts of `src.report`: runs in, numbers, tables, figures, page out."""

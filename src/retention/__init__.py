@@ -1,0 +1,1 @@
+"""Which positions survived: stored, measured, drawn. It knows no engine and no run."""

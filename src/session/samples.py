@@ -1,0 +1,198 @@
+"""One sample on its way through a session: prompt -> request for the engine -> record for the folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig
+
+from evals.metrics import extra_scores, score_sample
+from evals.prompts import Prompt, encode
+from evals.tasks import Sample, Task
+from evals.thoughts import find_thought
+from src.engine.request import Generation, Request
+from src.errors import InputError
+from src.models.load import LoadedModel
+from src.retention.store import Key
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A sample with its prompt, as the engine will see it."""
+
+    sample: Sample
+    prompt: Prompt
+    ids: list[int]
+    key: Key
+
+
+def prepare(sample: Sample, model: LoadedModel) -> Prepared:
+    """Tokenise; the key names the prompt by its tokens, so that changed data never passes for old."""
+    form = model.form
+    prompt = encode(sample, model.tokenizer, model.max_prompt_tokens, model.chat, form.kwargs, form.thinking, form.date)
+    ids = model.fit_ids(prompt.ids)
+    digest = hashlib.sha256(json.dumps([ids, prompt.context_tokens]).encode()).hexdigest()[:16]
+    return Prepared(sample, prompt, ids, (sample.task.name, sample.id, digest))
+
+
+def to_request(one: Prepared, model: LoadedModel, cfg: DictConfig) -> Request:
+    """What the engine is asked: `cfg` is a run's or a sweep's."""
+    task, prompt = one.sample.task, one.prompt
+    cut = cfg.prompt_scope == "context" and 0 < prompt.context_tokens < len(one.ids)
+    longest = cfg.max_new_tokens or task.max_new_tokens
+    return Request(
+        name="/".join(one.key),
+        ids=one.ids,
+        stop_ids=stop_ids(task, model),
+        max_new_tokens=longest,
+        min_new_tokens=min(task.min_new_tokens if cfg.min_new_tokens is None else cfg.min_new_tokens, longest),
+        context_tokens=prompt.context_tokens if cut else None,
+        reference=reference(one, model, longest) if cfg.fidelity else None,
+    )
+
+
+def stop_ids(task: Task, model: LoadedModel) -> frozenset[int]:
+    """What ends an answer: the model's stop tokens, or as the task's own protocol has it."""
+    end = model.tokenizer.eos_token_id
+    if task.only_eos and end in model.stop_ids:
+        return frozenset({end})
+    return model.stop_ids | (model.newline_ids() if task.stop_at_newline else frozenset())
+
+
+def reference(one: Prepared, model: LoadedModel, longest: int) -> list[int]:
+    """The reference output as the model would write it, cut to `longest`; with an end token, where there is one."""
+    glued = not one.prompt.chat and not one.sample.prompt[-1:].isspace()
+    answer = (" " if glued else "") + one.sample.reference
+    ids = model.tokenizer.encode(answer, add_special_tokens=False)
+    end = model.tokenizer.eos_token_id
+    ids += [] if end is None else [end]
+    if not ids:
+        name = f"task {one.sample.task.name}, sample {one.sample.id}"
+        raise InputError(f"fidelity=true: {name}: the reference answer has no tokens; valid: fidelity=false")
+    return model.fit_ids(ids[:longest])
+
+
+def to_record(one: Prepared, result: Generation, model: LoadedModel, cfg: DictConfig) -> dict[str, Any]:
+    """The line of predictions.jsonl."""
+    sample = one.sample
+    record = {**describe(sample), "prompt_hash": one.key[2], "prompt_tokens": len(one.ids)}
+    record["truncated"] = one.prompt.truncated
+    if result.request.context_tokens is not None:
+        record["context_tokens"] = result.request.context_tokens  # what was cut; kept positions are of these
+    if one.prompt.needle and one.prompt.needle[1] <= record.get("context_tokens", len(one.ids)):
+        record["needle"] = list(one.prompt.needle)  # positions start .. stop - 1 of the sentence that was asked for
+    if result.error:
+        return {**record, **failed(result.error)}
+    said = spoken(one, result, model)
+    score = score_sample(sample.task, said.answer, sample.answers, sample.all_classes, cfg.edit_similarity)
+    found = {
+        **record,
+        "prediction": said.text,
+        **said.thought,
+        "new_tokens": len(result.tokens),
+        # Only where the text went beyond the positions that the model was made for, and by how many tokens.
+        **({"beyond_context": beyond} if (beyond := beyond_context(one, result, model)) > 0 else {}),
+        "finish": result.finish,
+        "score": 0.0 if said.thought.get("thought") == "unfinished" else score,
+        "extra_scores": extra_scores(sample.task, said.answer, sample.answers),
+        "kept": {"prompt": entries(result.kept_prompt), "end": entries(result.kept_end)},
+        "kv_bytes": result.kv_bytes,
+        **{f"kv_bytes_{k}": v for k, v in result.kv_bytes_by_device.items() if len(result.kv_bytes_by_device) > 1},
+        "kv_bytes_peak": result.kv_bytes_peak,
+        "kv_bytes_full": result.kv_bytes_full,
+        "bookkeeping_bytes": result.bookkeeping_bytes,
+        "seconds": result.prefill_seconds + result.decode_seconds,
+        "prefill_seconds": result.prefill_seconds,
+        "decode_seconds": result.decode_seconds,
+        "decode_steps": result.decode_steps,
+        "lanes": result.lanes,
+        "fidelity": result.fidelity,
+        "error": None,
+    }
+    if taken := sorted(found.keys() & result.extra.keys()):  # a policy's figure must not pass for the score
+        name = type(result.variant.policy).__name__
+        return {**record, **failed(f"policy {name}: measures gave {taken[0]!r}; expected names that no record has")}
+    return {**found, **result.extra}
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """A prediction's text, the part of it that is scored, and the record's fields about a thought in it."""
+
+    text: str
+    answer: str
+    thought: dict[str, Any]
+
+
+def spoken(one: Prepared, result: Generation, model: LoadedModel) -> Spoken:
+    """Decode. Where the model thought, the marks of the thought stay in the text, although some are special tokens.
+
+    The record says of a thought: `thinking` (what was done about it), `thought` (none, empty, finished, unfinished),
+    `thought_tokens` and `answer` (what is scored). Nothing of it where neither model nor prediction has to do with it.
+    """
+    tokenizer, tokens = model.tokenizer, result.tokens
+    text = str(tokenizer.decode(tokens, skip_special_tokens=True))
+    whole = tokens[:-1] if result.finish == "stop" else tokens  # without the token that ended it
+    marked = str(tokenizer.decode(whole, skip_special_tokens=False))
+    found = find_thought(marked, one.prompt.thought)
+    fields: dict[str, Any] = {"thinking": model.form.thinking_note} if model.form.thinking_note else {}
+    if found.state == "none":
+        return Spoken(text, text, {**fields, "thought": "none"} if fields else {})
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+
+    def plain(part: str) -> str:
+        for token in special:
+            part = part.replace(token, "")
+        return part
+
+    count = len(whole)
+    if found.state != "unfinished":
+        count = bisect_left(range(count), found.end, key=lambda n: len(tokenizer.decode(whole[:n])))
+    answer = plain(found.answer)
+    fields |= {"thought": found.state, "thought_tokens": count, "answer": answer}
+    return Spoken(marked[: found.end] + plain(marked[found.end :]), answer, fields)
+
+
+def beyond_context(one: Prepared, result: Generation, model: LoadedModel) -> int:
+    return len(one.ids) + len(result.tokens) - model.context_length
+
+
+def malformed_record(sample: Sample) -> dict[str, Any]:
+    """The line for a row that has no prompt."""
+    assert sample.error
+    return {**describe(sample), "prompt_hash": "", "prompt_tokens": 0, "truncated": False, **failed(sample.error)}
+
+
+def describe(sample: Sample) -> dict[str, Any]:
+    return {
+        "task": sample.task.name,
+        "metric": sample.task.metric,
+        "id": sample.id,
+        "answers": list(sample.answers),
+        "all_classes": list(sample.all_classes) if sample.all_classes else None,
+        "length": sample.length,
+    }
+
+
+def failed(reason: str) -> dict[str, Any]:
+    return {"prediction": "", "new_tokens": 0, "score": None, "error": reason}
+
+
+def entries(kept: Sequence[Any]) -> int | list[int]:
+    """Entries per KV head: one number when all layers hold equally many."""
+    counts = [int(layer.shape[-1]) for layer in kept]
+    return counts[0] if len(set(counts)) == 1 else counts
+
+
+def refuse_missing_references(samples: Sequence[Sample]) -> None:
+    for sample in samples:
+        if not sample.error and not any(answer.strip() for answer in sample.answers[:1]):
+            raise InputError(
+                f"fidelity=true: task {sample.task.name}, sample {sample.id} has no reference answer; "
+                "valid: fidelity=false, or tasks with answers"
+            )

@@ -1,0 +1,397 @@
+"""One pass over the samples for one or many cells: what `src.run` and `src.sweep` have in common.
+
+samples -> prompts -> which cells still lack them -> engine -> one record per cell -> folders, tracking
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from types import FrameType
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from evals.suites import load_samples
+from evals.tasks import Sample
+from evals.visible import visible
+from src.config.binding import bind
+from src.config.cells import CellConfig
+from src.config.cluster import distributed
+from src.engine.engine import Engine
+from src.engine.layer_kinds import TextLengths, check_lengths
+from src.engine.request import Generation, Job
+from src.errors import InputError
+from src.models.load import LoadedModel, load_model
+from src.records.earlier import begun_anew
+from src.records.environment import environment
+from src.records.files import run_path
+from src.records.folder import RunFolder
+from src.retention.store import Kept
+from src.retention.trace import made_with, trace_path
+from src.session.chosen import has_chosen, save_chosen
+from src.session.progress import Progress
+from src.session.samples import Prepared, malformed_record, prepare, refuse_missing_references, to_record, to_request
+from src.session.trace_probe import TracingEngine
+from src.tracking.wandb import Tracker, Tracking
+
+log = logging.getLogger(__name__)
+
+
+@lru_cache(maxsize=1)
+def loaded(model: str) -> LoadedModel:
+    """The model of a config given as JSON; kept for the next job of the same process (`-m`)."""
+    loaded.cache_clear()  # the one before goes first: two may not fit on a device
+    return load_model(json.loads(model))
+
+
+def current(model: str) -> LoadedModel:
+    """The same; loaded again if its files changed since the job before."""
+    if (files := loaded(model).files) and files.changed():
+        loaded.cache_clear()
+    return loaded(model)
+
+
+@dataclass
+class Cell:
+    """One cell's folder and tracker while a session runs."""
+
+    config: CellConfig
+    folder: RunFolder
+    tracker: Tracker
+
+
+class Session:
+    """Runs cells over the samples that a config names, and finishes their folders.
+
+    Args:
+        cfg: a composed run or sweep config, checked (`src.config.rules`).
+        cells: policies and budgets.
+        lanes: the most lanes decoded together.
+
+    Raises:
+        InputError, DataError: anything that is wrong with the settings or the data, before anything runs.
+    """
+
+    def __init__(self, cfg: DictConfig, cells: Sequence[CellConfig], lanes: int) -> None:
+        self.cfg = cfg
+        if cfg.overwrite and distributed():
+            raise InputError(
+                "overwrite=true: jobs of a cluster may share a results folder and would delete each other's; "
+                "valid: false, or move the old results away"
+            )
+        for cell in cells:
+            if cell.variant.policy.foresees == "reference" and not cfg.fidelity:
+                raise InputError(f"policy={cell.shown}: looks at the reference answer; valid with fidelity=true only")
+        self.samples = self._samples()
+        tracking = Tracking(**cfg.wandb)
+        self.model = current(json.dumps(OmegaConf.to_container(cfg.model, resolve=True), sort_keys=True))
+        self.beyond_context = self._check_lengths()
+        every = cfg.kept_over_time
+        self.engine = TracingEngine(self.model.model, lanes, every) if every else Engine(self.model.model, lanes)
+        self.interrupted = False
+        self.failed = 0
+        folders: list[tuple[CellConfig, RunFolder]] = []
+        self.anew: list[str] = []  # why folders begin anew
+        self.without_positions = 0  # finished samples that run again
+        self.unfinished = 0  # thoughts
+        self.faults: Counter[str] = Counter()  # of policies, by the line that says so
+        with ExitStack() as opened:  # if the last cell's folder is refused, the others' are free again
+            for cell in bind(cells, self.model):
+                folders.append((cell, self._open(cell)))
+                opened.callback(folders[-1][1].close)
+            opened.pop_all()
+        if self.anew:
+            more = f" (and {len(self.anew) - 1} more)" if self.anew[1:] else ""
+            log.warning("%s%s", self.anew[0], more)
+        self.cells = [Cell(cell, folder, self._track(cell, folder, tracking)) for cell, folder in folders]
+
+    def _check_lengths(self) -> bool:
+        """Whether prompts and new tokens together may go beyond the positions the model was made for: warned of.
+
+        Raises:
+            InputError: they may be longer than the model can serve at all.
+        """
+        model = self.model
+        new = max((self.cfg.max_new_tokens or s.task.max_new_tokens for s in self.samples if not s.error), default=0)
+        check_lengths(TextLengths.of(model.model).limits, model.max_prompt_tokens, new)
+        longest = model.max_prompt_tokens + new
+        if longest <= model.context_length:
+            return False
+        log.warning(
+            "model.max_prompt_tokens=%d and %d new tokens may reach %d positions, the model was made for %d; "
+            "records of longer texts say so (beyond_context)",
+            model.max_prompt_tokens, new, longest, model.context_length,
+        )  # fmt: skip
+        return True
+
+    def run(self) -> int:
+        """All samples that any cell lacks; returns the exit code: 0, 1 (samples failed), 130 (interrupted).
+
+        Raises:
+            KeyboardInterrupt: at the second Ctrl-C. Every record written so far stays.
+        """
+        progress = Progress([c.config for c in self.cells], total=len(self.samples))
+        at_once = False
+        try:
+            with heeding(self._interrupt), progress:
+                self._run(progress)
+        except KeyboardInterrupt:
+            at_once = True
+            raise
+        finally:
+            refused = self._close_all(without=at_once)
+            if self.interrupted:
+                print(f"interrupted: {progress.finished} of {progress.total} done; {self._again()}", file=sys.stderr)
+        for reason, count in self.faults.items():  # a policy's fault is the same for many samples
+            print(f"{reason}{f' (and {count - 1} more like it)' if count > 1 else ''}", file=sys.stderr)
+        if self.without_positions:
+            print(
+                f"{self.without_positions} finished samples ran again: what they had kept was not there "
+                f"(retention={self.cfg.retention}; retention=off leaves them)",
+                file=sys.stderr,
+            )
+        if refused and not isinstance(refused[0], InputError):
+            raise refused[0]
+        if refused:
+            more = f"; and {len(refused) - 1} more cells could not be finished" if refused[1:] else ""
+            raise InputError(f"{refused[0]}{more}; {self._again()}") from None
+        if self.failed:
+            print(f"{self.failed} samples failed; their reasons are in predictions.jsonl (`error`)", file=sys.stderr)
+        if self.unfinished:
+            print(f"{self.unfinished} predictions end in the middle of a thought; they score 0", file=sys.stderr)
+        if self.interrupted:
+            return 130
+        return 1 if self.failed else 0
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        """The first Ctrl-C finishes the samples in flight; the second stops at once."""
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        print("stopping after the samples in flight (Ctrl-C again: at once)", file=sys.stderr)
+
+    def _again(self) -> str:
+        command = "the same command without overwrite=true" if self.cfg.overwrite else "the same command"
+        return f"{command} goes on where this one stopped"
+
+    def _samples(self) -> list[Sample]:
+        cfg = self.cfg
+        tasks: Any = OmegaConf.to_container(cfg.tasks, resolve=True)
+        options = {str(k): v for k, v in tasks.items() if k not in ("suite", "names", "data_dir")}
+        samples = load_samples(
+            tasks["suite"], tasks["names"], cfg.limit, tasks["data_dir"], cfg.seed, cfg.broken_rows, **options
+        )
+        if cfg.fidelity:
+            refuse_missing_references(samples)
+        return samples
+
+    def _run(self, progress: Progress) -> None:
+        by_variant = {id(cell.config.variant): cell for cell in self.cells}
+        prepared: dict[str, Prepared] = {}  # until the last cell that lacks it is done
+        open_cells: Counter[str] = Counter()
+
+        def jobs() -> Iterator[Job]:
+            for sample in self.samples:
+                if self.interrupted:
+                    return
+                if sample.error:
+                    for cell in self.cells:
+                        self._keep(cell, malformed_record(sample), None, progress)
+                    continue
+                one = prepare(sample, self.model)
+                missing = [c for c in self.cells if not self._done(c, one)]
+                for cell in self.cells:
+                    if cell not in missing:
+                        progress.skip(cell.config)
+                if missing:
+                    request = to_request(one, self.model, self.cfg)
+                    if reason := self.engine.refusal(request):
+                        for cell in missing:
+                            failed = Generation(request, cell.config.variant, error=reason)
+                            self._keep(cell, to_record(one, failed, self.model, self.cfg), None, progress)
+                        continue
+                    prepared[request.name] = one
+                    open_cells[request.name] = len(missing)
+                    yield Job(request, [c.config.variant for c in missing])
+
+        files = self.model.files if self.model.device.type == "cpu" else None  # elsewhere the weights are a copy
+        for result in self.engine.run(jobs(), stop=lambda: self.interrupted):
+            if files:
+                files.refuse(files.overwritten())
+            record = to_record(prepared[result.request.name], result, self.model, self.cfg)
+            kept = None if result.error else Kept(result.kept_prompt, result.kept_end)
+            trace = self.engine.trace(result) if isinstance(self.engine, TracingEngine) else None
+            if trace and not result.error:
+                trace.save(trace_path(by_variant[id(result.variant)].folder.path, record["task"], record["id"]))
+            if self.cfg.retention == "positions" and not result.error:
+                cut = record.get("context_tokens", record["prompt_tokens"])
+                save_chosen(by_variant[id(result.variant)].folder.path, record["task"], record["id"], result, cut)
+            self._keep(by_variant[id(result.variant)], record, kept, progress)
+            open_cells[result.request.name] -= 1
+            if not open_cells[result.request.name]:
+                del prepared[result.request.name], open_cells[result.request.name]
+
+    def _done(self, cell: Cell, one: Prepared) -> bool:
+        """Finished, with everything that this command asks for."""
+        every = self.cfg.kept_over_time
+        path = trace_path(cell.folder.path, one.sample.task.name, one.sample.id)
+        if every and not made_with(path, every):
+            return False
+        if not cell.folder.done(one.key, self.cfg.fidelity):
+            return False
+        there = cell.folder.has_retention(one.key)
+        if self.cfg.retention == "positions":
+            there = there and has_chosen(cell.folder.path, cell.folder.found(one.key))
+        self.without_positions += not there
+        return there
+
+    def _keep(self, cell: Cell, record: dict[str, Any], kept: Kept | None, progress: Progress) -> None:
+        """Onto the disk, to the tracker, onto the screen."""
+        if not (record["error"] and cell.folder.holds(record)):  # the same malformed row is written once
+            cell.folder.append(record, kept)
+            cell.tracker.log_sample(record)
+        progress.done(cell.config, record)
+        self.failed += bool(record["error"])
+        self.unfinished += record.get("thought") == "unfinished"
+        if str(record["error"]).startswith("policy "):
+            self.faults[f"{cell.config.shown}: {record['error']}"] += 1
+
+    def _open(self, cell: CellConfig) -> RunFolder:
+        settings = self._settings(cell)
+        path = run_path(self.cfg.output_root, self.model.name, cell.label, cell.budget_name, settings)
+        if line := begun_anew(path, settings):
+            self.anew.append(line)
+        grid = ("policies", "budgets", "max_lanes")  # a cell's config does not depend on the grid it was part of
+        config = {k: v for k, v in self.cfg.items() if k not in grid}
+        config |= {"policy": cell.options, "budget": cell.given}
+        return RunFolder(
+            path,
+            settings,
+            OmegaConf.to_yaml(OmegaConf.create(config), resolve=True),
+            environment(str(self.model.device)),
+            retention=self.cfg.retention or "off",  # YAML reads a bare `off` as false
+            overwrite=self.cfg.overwrite,
+            shared=distributed(),
+        )
+
+    def _track(self, cell: CellConfig, folder: RunFolder, tracking: Tracking) -> Tracker:
+        config = {"settings": self._settings(cell), "tasks": OmegaConf.to_container(self.cfg.tasks, resolve=True)}
+        name = f"{self.model.name} {cell.label} {cell.budget_name}"
+        return tracking.start(folder.path, config, name, done=len(folder.records))
+
+    def _settings(self, cell: CellConfig) -> dict[str, Any]:
+        """Every setting that changes a sample's outcome; `tasks` and `limit` only choose samples."""
+        cfg, model = self.cfg, self.model
+        return {
+            "policy": cell.settings,
+            **cell.found,
+            "budget": cell.budget,
+            "model": {
+                "name": model.name,
+                "source": model.source,
+                "fingerprint": model.fingerprint,
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "chat": model.chat,
+                "chat_template": cfg.model.chat_template,
+                "template_kwargs": dict(model.form.kwargs),
+                **model.form.settings,
+                "stop_ids": sorted(model.stop_ids),
+                "max_prompt_tokens": model.max_prompt_tokens,
+            },
+            "seed": cfg.seed,
+            "prompt_scope": cfg.prompt_scope,
+            "max_new_tokens": cfg.max_new_tokens,
+            **self._min_new_tokens(),
+            "edit_similarity": cfg.edit_similarity,
+        }
+
+    def _min_new_tokens(self) -> dict[str, int]:
+        """Only where it was set, so that folders of the usual runs keep their names."""
+        least = self.cfg.min_new_tokens
+        return {} if least is None else {"min_new_tokens": least}
+
+    def _comparability(self) -> dict[str, Any]:
+        return {
+            "max_prompt_tokens": self.model.max_prompt_tokens,
+            "chat_template": self.model.chat,
+            **self.model.form.settings,
+            **({"thinking": self.model.form.thinking_note} if self.model.form.thinking_note else {}),
+            "rouge": "rouge 1.0.1",
+            "edit_similarity": self.cfg.edit_similarity,
+            "prompt_scope": self.cfg.prompt_scope,
+            "max_new_tokens": self.cfg.max_new_tokens,
+            **self._min_new_tokens(),
+            **({"beyond_context": True} if self.beyond_context else {}),
+            "random_weights": self.model.random_weights,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "weights": self.model.source,
+            "model_fingerprint": self.model.fingerprint,
+            "task_versions": {s.task.name: s.task.version for s in self.samples},
+        }
+
+    def _close_all(self, without: bool) -> list[Exception]:
+        """Finish and free every folder (`without` finishing them); what is against one costs no other.
+
+        The figures of all cells come before the first picture: a disk may have room for no more.
+        """
+        refused: list[Exception] = []
+        finished: list[tuple[Cell, dict[str, Any]]] = []
+        for cell in [] if without else self.cells:
+            try:
+                finished.append((cell, self._close(cell)))
+            except Exception as error:
+                refused.append(error)
+        for cell, metrics in finished:
+            cell.folder.draw()
+            cell.tracker.finish(metrics, cell.folder.records)
+        for cell in self.cells:
+            cell.folder.close()
+        return refused
+
+    def _close(self, cell: Cell) -> dict[str, Any]:
+        """metrics.json and retention.npz."""
+        memory = self.engine.memory
+        peaks = {
+            "peak_bytes": max(memory.peaks.values(), default=memory.process_peak()),
+            "peak_prefill_bytes": memory.peaks.get("prefill"),
+            "peak_decode_bytes": memory.peaks.get("decode"),
+        }
+        return cell.folder.finish(
+            policy=cell.config.label,
+            model=self.model.name,
+            budget=cell.config.budget,
+            comparability=self._comparability(),
+            task_metrics={s.task.name: s.task.metric for s in self.samples},
+            peaks=peaks,
+            asked={(s.task.name, s.id) for s in self.samples},
+            plot=False,
+            reconstruction=cell.config.variant.policy.reconstruction,
+        )
+
+
+def show_results(cells: Sequence[Cell]) -> None:
+    """The last line on stdout: the run's folder, or the folder that holds all cells' folders."""
+    path = cells[0].folder.path
+    print(f"results: {visible(str(path if len(cells) == 1 else path.parent))}")
+
+
+@contextmanager
+def heeding(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Ctrl-C goes to `handler` meanwhile. Only a process's main thread can ask for that."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

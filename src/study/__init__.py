@@ -1,0 +1,1 @@
+"""Committed tables, and what the notebooks ask for."""

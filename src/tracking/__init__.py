@@ -1,0 +1,1 @@
+"""Weights & Biases behind one small interface."""
