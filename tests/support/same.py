@@ -45,9 +45,9 @@ def main(arguments: list[str]) -> int:
         return 2
     with tempfile.TemporaryDirectory(prefix="same-") as scratch:
         work = Path(scratch)
-        base = Path(arguments[0])
+        base, checkout = Path(arguments[0]), work / "checkout"
         if not base.is_dir():
-            base = work / "base"
+            base = checkout
             git("worktree", "add", "--detach", "--quiet", str(base), arguments[0])
         try:
             inputs = make_inputs(work / "inputs")
@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> int:
             print(f"error: {' '.join(error.cmd)}: exit code {error.returncode}", file=sys.stderr)
             return 2
         finally:
-            if base == work / "base":
+            if base == checkout:
                 git("worktree", "remove", "--force", str(base))
         found = list(differences(work / "base", work / "here", renamed))
     for line in found:
