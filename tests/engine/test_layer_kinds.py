@@ -18,6 +18,7 @@ from src.errors import InputError
 from src.models.load import load_model
 from tests.support.cli import call, lines, longbench_folder, metrics, row
 from tests.support.tiny import SHAPE, scale_weights, tiny, tiny_tokenizer, tokens
+from tests.support.versions import needs_documented
 
 FULL = Variant(Full(), None)
 MOE = {"num_local_experts": 2, "num_experts_per_tok": 1, "num_experts": 2, "n_routed_experts": 2}
@@ -67,12 +68,17 @@ def generated(model: PreTrainedModel, length: int, new: int) -> list[int]:
     [
         ("lfm2", {"layer_types": ["full_attention", "conv"], "block_ff_dim": 96}, "conv"),
         ("minimax", {"layer_types": ["full_attention", "linear_attention"], **MOE}, "linear_attention"),
-        ("falcon_h1", {}, "hybrid"),
-        ("deepseek_v32", {**MLA, **MOE, "index_topk": 32}, "indexed_attention"),
+        pytest.param("falcon_h1", {}, "hybrid", marks=needs_documented),
+        pytest.param("deepseek_v32", {**MLA, **MOE, "index_topk": 32}, "indexed_attention", marks=needs_documented),
         ("doge", {}, "keep_window_size"),
         ("gemma2", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
-        ("gemma4_text", {**GEMMA4, "global_head_dim": 32}, "different head_dim (16, 32)"),
-        ("gemma4_text", {**GEMMA4, "num_kv_shared_layers": 1, "global_head_dim": 16}, "num_kv_shared_layers"),
+        pytest.param(
+            "gemma4_text", {**GEMMA4, "global_head_dim": 32}, "different head_dim (16, 32)", marks=needs_documented
+        ),
+        pytest.param(
+            *("gemma4_text", {**GEMMA4, "num_kv_shared_layers": 1, "global_head_dim": 16}, "num_kv_shared_layers"),
+            marks=needs_documented,
+        ),
         ("gemma3_text", {"use_bidirectional_attention": True}, "both directions"),
     ],
 )
@@ -249,6 +255,7 @@ def test_a_crossing_sample_fails_and_the_others_go_on(arguments: list[str], tmp_
     assert again.code == 1 and len(lines(done.folder)) == 3
 
 
+@needs_documented
 def test_positions_in_a_table_are_not_exceeded(arguments: list[str], tmp_path: Path) -> None:
     sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "vocab_size": 128}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **sizes))
@@ -303,6 +310,7 @@ def test_a_multimodal_config_runs_as_its_text_model(arguments: list[str], tmp_pa
     assert next(Engine(loaded.model).run([Job(ask(20, 6), [FULL])])).tokens == expected
 
 
+@needs_documented
 def test_layers_of_one_shape_in_a_config_per_layer(arguments: list[str], tmp_path: Path) -> None:
     """Gemma 4's config refuses to name one head size, even where all layers have the same."""
     save(build("gemma4_text", **GEMMA4, global_head_dim=16), tmp_path / "model")

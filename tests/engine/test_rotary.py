@@ -17,6 +17,7 @@ from src.engine.request import Generation, Job, Request, Variant
 from src.engine.rotary import Rotary
 from src.errors import InputError
 from tests.support.tiny import SHAPE, scale_weights, tiny, tokens
+from tests.support.versions import needs_documented
 
 MLA = {"q_lora_rank": 32, "kv_lora_rank": 24, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12}
 DEEPSEEK = {**MLA, "head_dim": 8, "num_key_value_heads": 4, "first_k_dense_replace": 9}
@@ -104,6 +105,7 @@ def test_a_layer_need_not_be_named_where_all_are_alike(name: str) -> None:
     assert max(errors(model, Rotary(model), 17, named=False)) < 1e-4
 
 
+@needs_documented
 @pytest.mark.parametrize("name", MIXED)
 def test_a_layer_must_be_named_where_they_differ(name: str) -> None:
     with pytest.raises(InputError, match="layers 0 and 1 of this model rotate differently"):
@@ -175,6 +177,7 @@ def refused(model: PreTrainedModel, *parts: str) -> None:
     assert len(answer(model, Variant(StreamingLLM(positions="original"), 16)).tokens) == 12
 
 
+@needs_documented
 @pytest.mark.parametrize("begins", [1024, 16384])
 def test_a_query_scale_that_depends_on_the_position_is_refused(begins: int) -> None:
     """Also where it begins so far away that nothing shows in a short text."""
@@ -184,6 +187,7 @@ def test_a_query_scale_that_depends_on_the_position_is_refused(begins: int) -> N
     refused(built(("ministral3", options)), "layer 0", "size")
 
 
+@needs_documented
 def test_positions_that_are_no_rotation_are_refused() -> None:
     shape = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512, "eos_token_id": None}
     config = AutoConfig.for_model("gpt2", vocab_size=128, **shape)

@@ -4,12 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
 from tests.support.architectures.__main__ import row
 from tests.support.architectures.build import build
 from tests.support.architectures.outcome import Outcome, outcome, prompt
 from tests.support.architectures.table import ARCHITECTURES
+from tests.support.versions import DOCUMENTED, INSTALLED
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 HALF = ("llama", "glm4", "deepseek_v3")  # tried in bfloat16 as well: the whole list takes too long
@@ -24,8 +26,13 @@ def quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_served_exactly_or_refused_at_load(name: str) -> None:
     expected, half = ARCHITECTURES[name], name in HALF
+    if expected.model_type not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {INSTALLED} has no {expected.model_type}")
     found = outcome(expected, half)
     assert "\n" not in found.refused + found.in_cache
+    if INSTALLED != DOCUMENTED:  # it may be served or refused otherwise, but never differ
+        assert found.refused or (found.exact and not found.faults and (found.in_cache or found.turning < 1e-4))
+        return
     if expected.refused:
         assert expected.refused in found.refused and expected.model_type in found.refused
         assert "valid: " in found.refused
