@@ -43,16 +43,9 @@ def plain_steps(model: Any, ids: list[int], memory: MemoryMeter) -> Step:
     return step
 
 
-@torch.inference_mode()
 def lane_steps(engine: Engine, job: Job) -> Step:
     """Reads the prompt and cuts it; each call generates one token of the one lane."""
-    wave = engine.begin(job)
-
-    @torch.inference_mode()
-    def step() -> None:
-        wave.step()
-
-    return step
+    return engine.begin(job).step
 
 
 def in_turn(steps: Sequence[Step], tokens: int, warm_up: int = WARM_UP) -> list[list[float]]:

@@ -7,7 +7,7 @@ Whatever else a model asks of its attention is refused, never ignored.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -80,6 +80,39 @@ def lanes_attention(
             f"{name} was not handed lanes=..., which attention implementation {NAME!r} needs; valid: src.engine.Engine "
             "in place of a call of the model, and a model that hands keyword arguments down to its attention"
         )
+    refuse_more(name, lanes.longest, attention_mask, sliding_window, softcap, kwargs)
+
+    def whole(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Causal attention over everything, by the very function transformers would have used."""
+        sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        out: Tensor = sdpa(module, query, key, value, None, scaling=scaling, is_causal=True, dropout=0.0)[0]
+        return out
+
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    layer = getattr(module, "layer_idx", None)
+    if layer is None:
+        raise InputError(f"{name} does not say which layer it is; valid: a model with plain causal attention")
+    return lanes.attend(layer, query, key, value, scale, whole), None
+
+
+def refuse_more(
+    name: str,
+    longest: int,
+    attention_mask: Tensor | None,
+    sliding_window: int | None,
+    softcap: float | None,
+    kwargs: Mapping[str, Any],
+) -> None:
+    """A layer that asks for more than causal attention over the whole text.
+
+    Args:
+        name: the layer, for messages.
+        longest: of the texts under way, in tokens.
+        kwargs: what else it passes to its attention.
+
+    Raises:
+        InputError: it names what the layer asks for.
+    """
     if attention_mask is not None:
         raise InputError(f"{name} passes an attention_mask of its own; valid: a model with plain causal attention")
     if softcap is not None:
@@ -93,23 +126,11 @@ def lanes_attention(
             f"{name} passes {keyword} to its attention, which is not supported; "
             "valid: a model with plain causal attention"
         )
-    if sliding_window is not None and lanes.longest > sliding_window:
+    if sliding_window is not None and longest > sliding_window:
         raise InputError(
             f"{name} attends within sliding_window={sliding_window} tokens, the text has "
-            f"{lanes.longest}; valid: a shorter model.max_prompt_tokens, or a model without a window"
+            f"{longest}; valid: a shorter model.max_prompt_tokens, or a model without a window"
         )
-
-    def whole(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Causal attention over everything, by the very function transformers would have used."""
-        sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-        out: Tensor = sdpa(module, query, key, value, None, scaling=scaling, is_causal=True, dropout=0.0)[0]
-        return out
-
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    layer = getattr(module, "layer_idx", None)
-    if layer is None:
-        raise InputError(f"{name} does not say which layer it is; valid: a model with plain causal attention")
-    return lanes.attend(layer, query, key, value, scale, whole), None
 
 
 def described(module: torch.nn.Module) -> str:

@@ -57,6 +57,7 @@ class Wave:
             self.step()
             yield from self._leave()
 
+    @torch.inference_mode()
     def step(self) -> None:
         """One token for every lane; the host waits for the device once."""
         started = time.perf_counter()
