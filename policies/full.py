@@ -1,4 +1,4 @@
-"""The full cache: nothing is ever dropped. The reference for everything else."""
+"""The full cache: nothing is ever dropped. Everything else is compared with it."""
 
 from __future__ import annotations
 

@@ -16,9 +16,7 @@ import torch
 from transformers import DynamicCache
 
 from evals.visible import visible
-from src.engine.decode import arrange
 from src.engine.engine import Engine
-from src.engine.fidelity import FidelityMeter
 from src.engine.memory import MemoryMeter
 from src.engine.request import Job, Request, Variant
 
@@ -45,17 +43,9 @@ def plain_steps(model: Any, ids: list[int], memory: MemoryMeter) -> Step:
     return step
 
 
-@torch.inference_mode()
 def lane_steps(engine: Engine, job: Job) -> Step:
     """Reads the prompt and cuts it; each call generates one token of the one lane."""
-    batch, lanes = arrange(engine._prefill(job), engine.rotary.turn)
-    meter = FidelityMeter(len(lanes), engine.layers, engine.model.device)
-
-    @torch.inference_mode()
-    def step() -> None:
-        engine._step(batch, lanes, meter, {})
-
-    return step
+    return engine.begin(job).step
 
 
 def in_turn(steps: Sequence[Step], tokens: int, warm_up: int = WARM_UP) -> list[list[float]]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from policies.base import Policy
 from src.config.cells import CellConfig
 from src.engine.layer_kinds import first_layer
 from src.engine.request import Variant
 from src.errors import InputError
-from src.kv.contract import RAISED, ContractError, beyond_policy, check_measures, fault, show
+from src.kv.contract import check_measures
+from src.kv.faults import ContractError, Fault, ask, show
 from src.kv.state import ModelShape
 from src.models.digest import digest
 from src.models.load import LoadedModel
@@ -40,21 +42,31 @@ def bind(cells: Sequence[CellConfig], model: LoadedModel) -> list[CellConfig]:
     """
     shape, bound = shape_of(model), []
     for cell in cells:
-        hook = "bind"
+        given = cell.variant.policy
         try:
-            policy = cell.variant.policy.bind(shape)
-            if not isinstance(policy, Policy):
-                raise ContractError(f"gave {show(policy)}; expected a Policy")
-            hook = "fingerprint"
-            found = check_measures(policy.fingerprint())
-            json.dumps(found, allow_nan=False)
-        except InputError:
-            raise
-        except RAISED as error:
-            if beyond_policy(error):
-                raise
-            usual = hook == "bind" and type(error) is ValueError  # what `bind` is told to raise
-            why = str(error) if usual else fault(cell.variant.policy, hook, None, error)
-            raise InputError(f"policy={cell.label}: {why}") from None
+            policy = ask(given, "bind", None, bound_to, shape, given, cell.label)
+            found = ask(given, "fingerprint", None, fingerprint, policy)
+        except Fault as fault:
+            raise InputError(f"policy={cell.label}: {fault}") from None
         bound.append(replace(cell, variant=Variant(policy, cell.variant.budget), found=found))
     return bound
+
+
+def bound_to(shape: ModelShape, policy: Policy, label: str) -> Policy:
+    """`Policy.bind`, which is told to raise a plain ValueError where policy and model do not go together."""
+    try:
+        bound = policy.bind(shape)
+    except ValueError as error:
+        if type(error) is not ValueError:  # somebody else's, e.g. of a text that is no JSON
+            raise
+        raise InputError(f"policy={label}: {error}") from None
+    if not isinstance(bound, Policy):
+        raise ContractError(f"gave {show(bound)}; expected a Policy")
+    return bound
+
+
+def fingerprint(policy: Policy) -> dict[str, Any]:
+    """`Policy.fingerprint`, which goes into a JSON file."""
+    found = check_measures(policy.fingerprint())
+    json.dumps(found, allow_nan=False)
+    return found

@@ -24,7 +24,7 @@ from src.kv.budget import Budget, SplitBudget, parse_budget
 LONGEST_NAME = 100  # characters of a policy's name: it is part of file names
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CellConfig:
     """One policy at one budget, with the settings it was made from (they go into the results folder's hash)."""
 
@@ -146,7 +146,8 @@ def grid(policies: Any, budgets: Any, seed: int = 0) -> list[CellConfig]:
             raise InputError(f"budgets=[]: the grid is empty; valid: at least one budget for {shown}")
         for budget in [None] if single else budgets:
             cell = make_cell(policy, None if single else parse_budget(budget), shown)
-            if any(cell.variant == other.variant for other in cells):
+            what = (cell.variant.policy, cell.variant.budget)
+            if any(what == (other.variant.policy, other.variant.budget) for other in cells):
                 raise InputError(f"policies, budgets: the cell {shown}, budget {budget} is listed twice; valid: once")
             cells.append(cell)
     return cells

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from policies.base import Policy
 from src.errors import InputError
-from src.kv.contract import RAISED, said
+from src.kv.faults import RAISED, said
 
 TARGET = "_target_"
 DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")

@@ -7,8 +7,8 @@ Whatever else a model asks of its attention is refused, never ignored.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -32,6 +32,23 @@ HARMLESS = (
 PLAIN = {"dropout": 0.0, "is_causal": True}  # keywords that must have this value
 
 
+class Lanes(Protocol):
+    """What decides, layer by layer, what is attended and what stays: `Prefill`, `LaneBatch` (src.engine), a watcher."""
+
+    @property
+    def longest(self) -> int:
+        """Of the texts under way, in tokens."""
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, attention: Attention
+    ) -> Tensor:
+        """One layer's new tokens: `(batch, heads, new, head_dim)` in, `(batch, new, heads, head_dim)` out.
+
+        Args:
+            attention: causal attention of the new tokens to each other, by the model's own function.
+        """
+
+
 def lanes_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -39,7 +56,7 @@ def lanes_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    lanes: Any = None,
+    lanes: Lanes | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **kwargs: Any,
@@ -48,7 +65,7 @@ def lanes_attention(
 
     Args:
         query: `(batch, heads, new, head_dim)`; key and value `(batch, kv_heads, new, head_dim)`.
-        lanes: a `Prefill` or a `LaneBatch` (src.engine), or anything with their `attend` and `longest`.
+        lanes: None where the model was not called by `forward`.
 
     Returns:
         `(batch, new, heads, head_dim)` and None (no weights).
@@ -63,6 +80,39 @@ def lanes_attention(
             f"{name} was not handed lanes=..., which attention implementation {NAME!r} needs; valid: src.engine.Engine "
             "in place of a call of the model, and a model that hands keyword arguments down to its attention"
         )
+    refuse_more(name, lanes.longest, attention_mask, sliding_window, softcap, kwargs)
+
+    def whole(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Causal attention over everything, by the very function transformers would have used."""
+        sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        out: Tensor = sdpa(module, query, key, value, None, scaling=scaling, is_causal=True, dropout=0.0)[0]
+        return out
+
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    layer = getattr(module, "layer_idx", None)
+    if layer is None:
+        raise InputError(f"{name} does not say which layer it is; valid: a model with plain causal attention")
+    return lanes.attend(layer, query, key, value, scale, whole), None
+
+
+def refuse_more(
+    name: str,
+    longest: int,
+    attention_mask: Tensor | None,
+    sliding_window: int | None,
+    softcap: float | None,
+    kwargs: Mapping[str, Any],
+) -> None:
+    """A layer that asks for more than causal attention over the whole text.
+
+    Args:
+        name: the layer, for messages.
+        longest: of the texts under way, in tokens.
+        kwargs: what else it passes to its attention.
+
+    Raises:
+        InputError: it names what the layer asks for.
+    """
     if attention_mask is not None:
         raise InputError(f"{name} passes an attention_mask of its own; valid: a model with plain causal attention")
     if softcap is not None:
@@ -76,22 +126,11 @@ def lanes_attention(
             f"{name} passes {keyword} to its attention, which is not supported; "
             "valid: a model with plain causal attention"
         )
-    if sliding_window is not None and lanes.longest > sliding_window:
+    if sliding_window is not None and longest > sliding_window:
         raise InputError(
             f"{name} attends within sliding_window={sliding_window} tokens, the text has "
-            f"{lanes.longest}; valid: a shorter model.max_prompt_tokens, or a model without a window"
+            f"{longest}; valid: a shorter model.max_prompt_tokens, or a model without a window"
         )
-
-    def whole(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Causal attention over everything, by the very function transformers would have used."""
-        sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-        return sdpa(module, query, key, value, None, scaling=scaling, is_causal=True, dropout=0.0)[0]
-
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    layer = getattr(module, "layer_idx", None)
-    if layer is None:
-        raise InputError(f"{name} does not say which layer it is; valid: a model with plain causal attention")
-    return lanes.attend(layer, query, key, value, scale, whole), None
 
 
 def described(module: torch.nn.Module) -> str:
@@ -128,7 +167,7 @@ class InOrder:
     another order would read another layer's cache.
     """
 
-    def __init__(self, lanes: Any, layers: int, kind: str) -> None:
+    def __init__(self, lanes: Lanes, layers: int, kind: str) -> None:
         self.lanes, self.layers, self.kind = lanes, layers, kind
         self.next = 0
         self.shape: tuple[int, ...] | None = None
@@ -136,12 +175,12 @@ class InOrder:
     @property
     def longest(self) -> int:
         """Of the texts under way, in tokens."""
-        return int(self.lanes.longest)
+        return self.lanes.longest
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, attention: Callable[..., Tensor]
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, attention: Attention
     ) -> Tensor:
-        """As `src.engine.prefill.Prefill.attend`.
+        """As `Lanes.attend`.
 
         Raises:
             InputError: it is not this layer's turn, or it is not of the other layers' shape.
@@ -183,7 +222,7 @@ class InOrder:
         )
 
 
-def forward(model: PreTrainedModel, ids: Tensor, positions: Tensor, lanes: Any, **kwargs: Any) -> Tensor:
+def forward(model: PreTrainedModel, ids: Tensor, positions: Tensor, lanes: Lanes, **kwargs: Any) -> Tensor:
     """One forward pass of a model set to `NAME`; `lanes` sees every layer exactly once, in order.
 
     Args:

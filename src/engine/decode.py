@@ -22,17 +22,49 @@ class Lane:
         feed: tokens to be fed before anything is generated: the question (`prompt_scope=context`), and for a
             fidelity lane the reference answer.
         targets: for a fidelity lane, the reference token that should follow each fed token (-1: none).
+        first_nll: for a fidelity lane, of the first reference token, where the prefill predicted it.
+        full: for a fidelity lane, its counterpart with the full cache; None: itself.
     """
 
     def __init__(
-        self, result: Generation, fork: Fork, feed: Sequence[int], targets: Sequence[int] | None = None
+        self,
+        result: Generation,
+        fork: Fork,
+        feed: Sequence[int],
+        targets: Sequence[int] | None = None,
+        first_nll: float | None = None,
+        full: Lane | None = None,
     ) -> None:
         self.result, self.fork, self.feed, self.targets = result, fork, feed, targets
+        self.first_nll, self._full = first_nll, full
         self.start = self.position = fork.length
-        self.done = False
-        self.first_nll: float | None = None
+        self.done = targets is not None and not feed
         self.shared = False  # its policy failed in a question about all its lanes
-        self.full: Lane | None = None  # a fidelity lane's counterpart with the full cache; None: itself
+
+    @property
+    def generates(self) -> bool:
+        """Whether it answers; a fidelity lane reads."""
+        return self.targets is None
+
+    @property
+    def watched(self) -> bool:
+        """Whether probes see it: a lane that answers somebody."""
+        return self.targets is None and self.result.variant.asked
+
+    @property
+    def full(self) -> Lane:
+        """What a fidelity lane is compared with."""
+        return self._full or self
+
+    @property
+    def over(self) -> bool:
+        """Nothing is left to do, also because the result's other lane failed."""
+        return self.done or self.result.error is not None
+
+    @property
+    def target(self) -> int:
+        """The reference token that should come next; -1: none."""
+        return -1 if self.targets is None else self.targets[self.position - self.start]
 
     def next_input(self) -> int:
         fed = self.position - self.start
@@ -43,10 +75,10 @@ class Lane:
         self.position += 1
         if self.position - self.start < len(self.feed):
             return
-        if self.targets is not None:
-            self.done = True
-        else:
+        if self.generates:
             self.take(token)
+        else:
+            self.done = True
 
     def fail(self, error: str, shared: bool = False) -> None:
         """Its policy broke its contract: nothing that the lane holds counts any more."""
@@ -61,17 +93,14 @@ class Lane:
             self.result.finish, self.done = "length", True
 
 
-def heed(batch: LaneBatch, lanes: Sequence[Lane], doubted: Sequence[bool] = ()) -> None:
+def heed(batch: LaneBatch, lanes: Sequence[Lane], doubted: Sequence[int] = ()) -> None:
     """Lanes whose policy raised, or broke its contract, fail; the others do not notice.
 
     Args:
-        doubted: for which lanes a step's evictions are wrong, as read.
+        doubted: rows whose evictions in this step are wrong, as read.
     """
-    for row, lane in enumerate(lanes):
-        broken = batch.error(row)
-        error = broken or (batch.error(row, doubted=True) if doubted and doubted[row] else "")
-        if error:
-            lane.fail(error, shared=bool(broken))
+    for row, error, shared in batch.faults(doubted):
+        lanes[row].fail(error, shared)
 
 
 def failed(lane: Lane) -> Generation:

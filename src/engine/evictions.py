@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from policies.base import Policy
 from src.kv.cache import LayerCache
-from src.kv.contract import describe
+from src.kv.faults import describe
+
+BROKEN = -2  # in place of a token: the lane's policy has evicted no valid slot
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Eviction:
     def say(self, policy: Policy, lane: int) -> str:
         """One line about a lane that went wrong; the host waits for the device."""
         head = int(self.wrong[lane].int().argmax())
-        given = self.given[lane, head].tolist()
+        given: Any = self.given[lane, head].tolist()
         refused = ", or the number of slots (no slot)" if policy.may_refuse else ""
         why = " (lowest_slot gives -1 where a score is NaN or all slots are protected)" if given == -1 else ""
         text = f"gave {'slot ' if isinstance(given, int) else 'slots '}{given}{why}; expected {self.expected}{refused}"

@@ -3,6 +3,9 @@
 A denser signal than a task's score: every reference token gives a number, on any model. Each cell gets a
 second lane, started from the same cut cache, that is fed the reference; the full cache gets one too, and at
 every step the lane's next-token distribution and attention outputs are compared with the full cache's.
+
+The meter is no probe (`src.engine.probes`): it compares rows of one batch in the middle of a step, on the device, and
+nothing of it is read before a lane has ended.
 """
 
 from __future__ import annotations
@@ -32,19 +35,25 @@ class FidelityMeter:
     after the prompt comes from the prefill and is the same for all (unless `prompt_scope=context`).
     """
 
-    def __init__(self, lanes: int, layers: int, device: torch.device) -> None:
-        self.sums = torch.zeros(lanes, 4, device=device, dtype=torch.float64)  # nll, kl, top1, steps
-        self.errors = torch.zeros(lanes, layers, device=device, dtype=torch.float64)
+    def __init__(self, lanes: Sequence[Lane], layers: int, device: torch.device) -> None:
+        self.index = {lane: i for i, lane in enumerate(lanes)}  # where each has its sums
+        self.sums = torch.zeros(len(lanes), 4, device=device, dtype=torch.float64)  # nll, kl, top1, steps
+        self.errors = torch.zeros(len(lanes), layers, device=device, dtype=torch.float64)
         self._rows: tuple[Tensor, Tensor, Tensor] | None = None
         self._targets = torch.zeros(0, device=device, dtype=torch.long)
 
-    def begin(self, lane: Sequence[int], full: Sequence[int], index: Sequence[int], targets: Sequence[int]) -> None:
-        """The coming step: rows of the fidelity lanes, of their full caches, their sums' indices, and what should
-        come next. Handed over before the forward pass, so that nothing has to wait for it.
+    def begin(self, batch: Sequence[Lane]) -> None:
+        """The coming step of these lanes, in the order of the batch's rows.
+
+        Before the forward pass, so that nothing has to wait for what is handed to the device here.
         """
-        found = [torch.tensor(each, device=self.sums.device) for each in (lane, full, index, targets)]
-        self._rows = (found[0], found[1], found[2]) if lane else None
-        self._targets = found[3]
+        row_of = {lane: row for row, lane in enumerate(batch)}
+        read = [lane for lane in batch if lane.target >= 0]
+        lane = torch.tensor([row_of[each] for each in read], device=self.sums.device)
+        full = torch.tensor([row_of[each.full] for each in read], device=self.sums.device)
+        index = torch.tensor([self.index[each] for each in read], device=self.sums.device)
+        self._targets = torch.tensor([each.target for each in read], device=self.sums.device)
+        self._rows = (lane, full, index) if read else None
 
     def watch_layer(self, layer: int, out: Tensor) -> None:
         """Attention outputs of one layer, `(lanes, 1, heads, head_dim)`."""
@@ -66,8 +75,9 @@ class FidelityMeter:
         same = own.argmax(-1) == truth.argmax(-1)
         self.sums[index] += torch.stack([nll, kl, same.to(nll.dtype), torch.ones_like(nll)], dim=1).double()
 
-    def result(self, index: int, first_nll: float | None) -> dict[str, float | list[float]]:
-        """Means for one lane. `first_nll`: of the first reference token, where the prefill predicted it."""
+    def result(self, lane: Lane) -> dict[str, float | list[float]]:
+        """Means for one lane; the host waits for the device."""
+        index, first_nll = self.index[lane], lane.first_nll
         nll, kl, top1, steps = self.sums[index].tolist()
         tokens = steps + (first_nll is not None)
         return {
@@ -79,7 +89,7 @@ class FidelityMeter:
         }
 
 
-REFERENCE = Variant(Full(), None)  # the full-cache lane that exists only to be compared with
+FULL_CACHE = Variant(Full(), None, asked=False)  # what others are compared with, and what looking ahead needs
 
 
 def fidelity_lanes(lanes: list[Lane], forks: list[Fork], logits: Tensor, question: list[int]) -> list[Lane]:
@@ -97,17 +107,8 @@ def fidelity_lanes(lanes: list[Lane], forks: list[Fork], logits: Tensor, questio
     feed = [*question, *reference[:-1]]
     targets = [-1] * (len(question) - 1) + (reference if question else reference[1:])
     first = None if question else -float(logits[0].float().log_softmax(-1)[reference[0]])
-    full_fork = next(fork for fork in forks if type(fork.cell.policy) is Full)  # a user's subclass may cut
-    results = {id(lane.fork): lane.result for lane in lanes}
-    full_result = results.get(id(full_fork)) or Generation(request, REFERENCE)
-    full = Lane(full_result, full_fork, feed, targets)
-    extra = [full] + [
-        Lane(lane.result, lane.fork, feed, targets)
-        for lane in lanes
-        if lane.fork is not full_fork and not lane.result.error
-    ]
-    for lane in extra:
-        lane.first_nll, lane.done = first, not feed
-    for lane in extra[1:]:
-        lane.full = full
-    return extra
+    full_fork = next(fork for fork in forks if fork.cell.full)
+    results = {lane.fork: lane.result for lane in lanes}
+    full = Lane(results.pop(full_fork, Generation(request, FULL_CACHE)), full_fork, feed, targets, first)
+    others = {fork: result for fork, result in results.items() if not result.error}
+    return [full, *(Lane(result, fork, feed, targets, first, full) for fork, result in others.items())]

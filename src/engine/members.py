@@ -7,26 +7,15 @@ left, and the engine takes them out of the batch at the step's end.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from src.kv.cache import LayerCache
-from src.kv.contract import (
-    RAISED,
-    ContractError,
-    beyond_policy,
-    check_by_slot,
-    check_evict,
-    check_measures,
-    check_prune,
-    check_room,
-    check_state,
-    fault,
-)
+from src.kv.contract import check_by_slot, check_evict, check_measures, check_prune, check_room, check_state
+from src.kv.faults import Answer, Fault, ask
 from src.kv.state import State, settle, stack_states
 from src.kv.step import DecodeStep
 
@@ -49,37 +38,28 @@ class Member:
         """From the lanes' own states (a list over layers each), for caches with so many slots."""
         member = cls(cell, start, start + len(states), [])
         for layer, width in enumerate(slots):
-            try:
-                member.states.append(stack_states([lane[layer] for lane in states], width))
-            except RAISED as error:
-                if beyond_policy(error):
-                    raise
-                member._fail("start", layer, error)
+            stacked = member._ask("start", layer, stack_states, [lane[layer] for lane in states], width)
+            if stacked is None:
                 break
+            member.states.append(stacked)
         return member
 
-    def _fail(self, hook: str, layer: int | None, error: BaseException) -> None:
-        self.error = fault(self.cell.policy, hook, layer, error)
+    def _ask(self, hook: str, layer: int, question: Callable[..., Answer], *arguments: Any) -> Answer | None:
+        """What the policy answers; None once it has broken its contract: it is asked nothing more."""
+        if self.error:
+            return None
+        try:
+            return ask(self.cell.policy, hook, layer, question, *arguments)
+        except Fault as fault:
+            self.error = str(fault)
+            return None
 
     def room(self, layer: int, t: int, limit: int) -> int:
         """`Policy.room`, for policies that have a pool to themselves."""
-        try:
-            return limit if self.error else check_room(self.cell.policy.room(t, limit), limit)
-        except RAISED as error:
-            if beyond_policy(error):
-                raise
-            self._fail("room", layer, error)
-            return limit
+        return self._ask("room", layer, lambda: check_room(self.cell.policy.room(t, limit), limit)) or limit
 
     def adjust_logits(self, step: DecodeStep) -> None:
-        if self.error:
-            return
-        try:
-            self.cell.policy.adjust_logits(step)
-        except RAISED as error:
-            if beyond_policy(error):
-                raise
-            self._fail("adjust_logits", step.layer, error)
+        self._ask("adjust_logits", step.layer, self.cell.policy.adjust_logits, step)
 
     def adjust_weights(self, step: DecodeStep, added: int) -> None:
         """`added`: slots that the cache has grown by since the last step."""
@@ -87,95 +67,76 @@ class Member:
             return
         state = self.states[step.layer]
         if added:
-            state.slots = {name: F.pad(tensor, (0, added)) for name, tensor in state.slots.items()}
-        try:
-            self.cell.policy.adjust_weights(step, state)
-        except RAISED as error:
-            if beyond_policy(error):
-                raise
-            self._fail("adjust_weights", step.layer, error)
+            state.grow(added)
+        self._ask("adjust_weights", step.layer, self.cell.policy.adjust_weights, step, state)
 
     def observe(self, step: DecodeStep, room: int | None) -> Tensor | None:
         """`Policy.observe`, and what `Policy.prune` keeps of the cached slots; None: all."""
         if self.error:
             return None
-        policy, state, hook = self.cell.policy, self.states[step.layer], "observe"
-        try:
-            policy.observe(step, state)
-            hook = "prune"
+        policy, state = self.cell.policy, self.states[step.layer]
+
+        def prune() -> Tensor | None:
             kept = policy.prune(step, state)
-            if kept is not None:
-                lanes, kv_heads, slots = step.positions.shape
-                most = slots if room is None else min(slots, room - 1)
-                kept = check_prune(kept, lanes, kv_heads, most, policy.own_pool, step.positions.device)
-            return kept
-        except RAISED as error:
-            if beyond_policy(error):
-                raise
-            self._fail(hook, step.layer, error)
-            return None
+            if kept is None:
+                return None
+            lanes, kv_heads, slots = step.positions.shape
+            most = slots if room is None else min(slots, room - 1)
+            return check_prune(kept, lanes, kv_heads, most, policy.own_pool, step.positions.device)
+
+        self._ask("observe", step.layer, policy.observe, step, state)
+        return self._ask("prune", step.layer, prune)
 
     def evict(self, step: DecodeStep) -> Tensor:
         """`Policy.evict`'s slots, `(lanes, kv_heads)`."""
-        lanes, kv_heads, _ = step.positions.shape
-        if not self.error:
-            try:
-                victims = self.cell.policy.evict(step, self.states[step.layer])
-                return check_evict(victims, lanes, kv_heads, step.positions.device)
-            except RAISED as error:
-                if beyond_policy(error):
-                    raise
-                self._fail("evict", step.layer, error)
-        return torch.zeros(lanes, kv_heads, dtype=torch.long, device=step.positions.device)
+        (lanes, kv_heads, _), device = step.positions.shape, step.positions.device
+
+        def evict() -> Tensor:
+            return check_evict(self.cell.policy.evict(step, self.states[step.layer]), lanes, kv_heads, device)
+
+        victims = self._ask("evict", step.layer, evict)
+        return torch.zeros(lanes, kv_heads, dtype=torch.long, device=device) if victims is None else victims
 
     def settle(self, layer: int, slot: Tensor, slots: int) -> None:
         """Move the incoming token's column to its slot, `(pool's lanes, kv_heads)`; the state's shapes are checked."""
-        if self.error:
-            return
-        state = self.states[layer]
-        try:
+
+        def checked() -> None:
+            state = self.states[layer]
             check_state(state.slots, state.fixed, (self.stop - self.start, slot.shape[1], slots + 1))
             settle(state, slot[self.start : self.stop])
-        except RAISED as error:
-            if beyond_policy(error):
-                raise
-            self._fail("observe", layer, error)
+
+        self._ask("observe", layer, checked)
 
     def select(self, rows: Sequence[int], start: int, at: Tensor) -> Member:
         """Only these of the lanes; `at`: the same, where kernels can read it."""
         for state in self.states:
-            state.slots = {name: tensor[at] for name, tensor in state.slots.items()}
-            state.fixed = {name: tensor[at] for name, tensor in state.fixed.items()}
+            state.select(at)
         return Member(self.cell, start, start + len(rows), self.states, self.error)
 
-    # What is asked for the record. A fault here is raised as one line.
+    # What is asked for the record. Each raises Fault where the policy cannot say.
 
     def measures(self, lane: int) -> dict[str, Any]:
         """`Policy.measures`."""
-        try:
-            return check_measures(self.cell.policy.measures(self.states, lane))
-        except RAISED as error:
-            if beyond_policy(error):
-                raise
-            raise ContractError(fault(self.cell.policy, "measures", None, error)) from None
+        policy = self.cell.policy
+        return ask(policy, "measures", None, lambda: check_measures(policy.measures(self.states, lane)))
 
     def attended(self, caches: Sequence[LayerCache], lane: int) -> list[Tensor]:
         """`Policy.attended` per layer, of one lane: `(kv_heads, slots)`; empty: everything."""
-        return self._by_slot("attended", caches, lane)
+        return self._by_slot("attended", self.cell.policy.attended, caches, lane)
 
     def picks(self, caches: Sequence[LayerCache], lane: int) -> list[Tensor]:
         """`Policy.picks` per layer, of one lane: `(kv_heads, slots)`; empty: always."""
-        return self._by_slot("picks", caches, lane)
+        return self._by_slot("picks", self.cell.policy.picks, caches, lane)
 
-    def _by_slot(self, hook: str, caches: Sequence[LayerCache], lane: int) -> list[Tensor]:
-        try:
-            shares = [getattr(self.cell.policy, hook)(state) for state in self.states]
+    def _by_slot(
+        self, hook: str, question: Callable[[State], Tensor | None], caches: Sequence[LayerCache], lane: int
+    ) -> list[Tensor]:
+        def checked() -> list[Tensor]:
+            shares = [question(state) for state in self.states]
             if all(share is None for share in shares):
                 return []
-            for share, cache in zip(shares, caches, strict=True):
-                check_by_slot(share, (self.stop - self.start, cache.positions.shape[1], cache.slots + 1))
-            return [share[lane, :, :-1] for share in shares]
-        except RAISED as error:
-            if beyond_policy(error):
-                raise
-            raise ContractError(fault(self.cell.policy, hook, None, error)) from None
+            shapes = [(self.stop - self.start, cache.positions.shape[1], cache.slots + 1) for cache in caches]
+            found = [check_by_slot(share, shape) for share, shape in zip(shares, shapes, strict=True)]
+            return [share[lane, :, :-1] for share in found]
+
+        return ask(self.cell.policy, hook, None, checked)

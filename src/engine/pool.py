@@ -5,106 +5,121 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from policies.base import Policy
 from src.engine.attention import Attention, Rotate, RotateLayer
 from src.engine.evictions import Evictions
 from src.engine.members import Member
 from src.engine.prefill import Fork
 from src.kv.cache import LayerCache
-from src.kv.contract import describe
+from src.kv.faults import describe
 from src.kv.step import DecodeStep
+
+
+@dataclass(eq=False)
+class Incoming:
+    """The tokens that one layer is handed in one step, one per lane.
+
+    Attributes:
+        query: `(lanes, kv_heads, group, head_dim)`; key and value `(lanes, kv_heads, head_dim)`.
+        position: `(lanes,)`, original ones.
+        t: tokens that every lane has taken since its prompt was cut.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    position: Tensor
+    scaling: float
+    t: int
+    rotate: Rotate
+
+    def of(self, rows: slice) -> Incoming:
+        """Those of some of the lanes."""
+        query, key, value, position = self.query[rows], self.key[rows], self.value[rows], self.position[rows]
+        return Incoming(query, key, value, position, self.scaling, self.t, self.rotate)
 
 
 class Pool:
     """Lanes that may hold equally many entries: one `LayerCache` per layer, one attention call for all.
 
+    It takes over what the forks hold, which are empty afterwards.
+
     Args:
-        forks: the lanes, those of equal cells next to each other.
-        rows: where the pool's first lane stands in the batch.
+        forks: the lanes, those of equal cells next to each other; a fidelity lane shares its fork with another.
+        row: where the pool's first lane stands in the batch.
     """
 
-    def __init__(self, forks: Sequence[Fork], rows: int) -> None:
-        self.row = rows
+    def __init__(self, forks: Sequence[Fork], row: int) -> None:
+        self.row = row
         self.evictions = Evictions()  # this step's
-        layers = range(len(forks[0].caches))
-        self.caches: list[LayerCache] = []
-        distinct = {id(fork): fork for fork in forks}.values()  # a fidelity lane shares its fork
-        for _ in layers:  # one layer after the other, so that at most one is in memory twice
-            self.caches.append(LayerCache.stack([fork.caches[0] for fork in forks]))
-            for fork in distinct:
-                del fork.caches[0]
+        layers = len(forks[0].caches)
+        self.caches = [stack_layer(forks) for _ in range(layers)]  # one after the other: one is in memory twice
+        slots = [cache.slots for cache in self.caches]
+        states = {fork: fork.take_states() for fork in dict.fromkeys(forks)}
         self.members: list[Member] = []
-        start = 0
-        while start < len(forks):
-            stop = start
-            while stop < len(forks) and forks[stop].cell == forks[start].cell:
-                stop += 1
-            states = [fork.states for fork in forks[start:stop]]
-            self.members.append(Member.of(forks[start].cell, start, states, [cache.slots for cache in self.caches]))
-            start = stop
-        for fork in distinct:
-            fork.states = []  # the pool holds the lanes now
+        for cell, group in groupby(forks, key=lambda fork: fork.cell):
+            start = self.members[-1].stop if self.members else 0
+            self.members.append(Member.of(cell, start, [states[fork] for fork in group], slots))
 
     @property
     def lanes(self) -> int:
         return len(self.caches[0].used)
 
-    def step(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        position: Tensor,
-        scaling: float,
-        t: int,
-        rotate: Rotate,
-    ) -> Tensor:
-        """One token per lane: attend to cache and token, then give the token its slot.
+    def begin(self) -> None:
+        """Forget the step before."""
+        self.evictions = Evictions()
 
-        Args:
-            query: `(lanes, kv_heads, group, head_dim)`; key and value `(lanes, kv_heads, head_dim)`.
-            position: `(lanes,)`.
+    def step(self, layer: int, new: Incoming) -> Tensor:
+        """One token per lane: attend to cache and token, then give the token its slot.
 
         Returns:
             `(lanes, kv_heads, group, head_dim)`.
         """
-        cache, room = self.caches[layer], self.room(layer, t)
+        cache, room = self.caches[layer], self.room(layer, new.t)
         added = cache.ensure_room()
-        logits = cache.logits(query, key, scaling)
+        logits = cache.logits(new.query, new.key, new.scaling)
         steps = []
         for m in self.members:
-            rows = slice(m.start, m.stop)
-            own = logits[rows]
-            step = DecodeStep(
-                logits=own,
-                weights=own,  # replaced below, once all policies had their word on the logits
-                query=query[rows],
-                keys=cache.keys[rows],
-                value=value[rows],
-                positions=cache.positions[rows],
-                position=position[rows],
-                budget=m.cell.budget,
-                limit=cache.limit,
-                t=t,
-                layer=layer,
-                scaling=scaling,
-                rotate=rotate,
-            )
-            m.adjust_logits(step)
-            steps.append(step)
+            steps.append(self._look(m, layer, logits, new))
+            m.adjust_logits(steps[-1])
         weights = logits.softmax(dim=-1)
         for m, step in zip(self.members, steps, strict=True):
             step.weights = weights[m.start : m.stop]
             m.adjust_weights(step, added)
-        out = cache.mix(weights, value)
-        victims = []
+        out = cache.mix(weights, new.value)
+        self._store(layer, new, steps, room)
+        return out
+
+    def _look(self, member: Member, layer: int, logits: Tensor, new: Incoming) -> DecodeStep:
+        """What a member's policy may know about the step."""
+        cache, rows = self.caches[layer], slice(member.start, member.stop)
+        own = logits[rows]
+        return DecodeStep(
+            logits=own,
+            weights=own,  # replaced once all policies had their word on the logits
+            query=new.query[rows],
+            keys=cache.keys[rows],
+            value=new.value[rows],
+            positions=cache.positions[rows],
+            position=new.position[rows],
+            budget=member.cell.budget,
+            limit=cache.limit,
+            t=new.t,
+            layer=layer,
+            scaling=new.scaling,
+            rotate=new.rotate,
+        )
+
+    def _store(self, layer: int, new: Incoming, steps: Sequence[DecodeStep], room: int | None) -> None:
+        """Every policy takes note of the step and says what goes; then the token is written."""
+        cache, victims = self.caches[layer], []
         evicting = room is not None and max(cache.used) >= room
         for m, step in zip(self.members, steps, strict=True):
             kept = m.observe(step, room)
@@ -118,17 +133,7 @@ class Pool:
         slot = cache.place(self.evictions.slots(layer, cache, victims, refusing, room) if victims else None, room)
         for m in self.members:
             m.settle(layer, slot, cache.slots)
-        cache.write(slot, key, value, position, room, any(refusing))
-        return out
-
-    def error(self, lane: int, doubted: bool) -> str:
-        """What a lane's policy did wrong in this step, or earlier; empty if nothing.
-
-        Args:
-            doubted: what `evictions.wrong` says about the lane.
-        """
-        member = self.member(lane)
-        return member.error or (self.evictions.say(member.cell.policy, lane) if doubted else "")
+        cache.write(slot, new.key, new.value, new.position, room, any(refusing))
 
     def member(self, lane: int) -> Member:
         """The member that a lane belongs to."""
@@ -139,8 +144,11 @@ class Pool:
         limit, first = self.caches[layer].limit, self.members[0]
         return first.room(layer, t, limit) if limit is not None and first.cell.policy.own_pool else limit
 
-    def select(self, keep: Sequence[int]) -> None:
-        """Keep only these lanes, in this order (ascending)."""
+    def select(self, keep: Sequence[int], row: int) -> None:
+        """Keep only these lanes, in this order (ascending); the first stands in this row of the batch now."""
+        self.row = row
+        if len(keep) == self.lanes:
+            return
         device = self.caches[0].keys.device
         index = torch.tensor(keep, device=device)
         for cache in self.caches:
@@ -154,12 +162,18 @@ class Pool:
         self.members = members
 
 
+def stack_layer(forks: Sequence[Fork]) -> LayerCache:
+    """The next layer of all lanes in one cache, taken from the forks."""
+    taken = {fork: fork.take_layer() for fork in dict.fromkeys(forks)}
+    return LayerCache.stack([taken[fork] for fork in forks])
+
+
 class LaneBatch:
     """All lanes that decode together: rows of the batch in the order of the pools.
 
     Attributes:
         t: tokens that every lane has taken since its prompt was cut.
-        position: original position of each lane's incoming token, `(lanes,)`, int32; set before every step.
+        position: original position of each lane's incoming token, `(lanes,)`, int32.
         longest: the longest text of any lane so far, in tokens.
     """
 
@@ -167,33 +181,40 @@ class LaneBatch:
         self.pools, self.rotate = pools, rotate
         self.t, self.longest = 0, 0
         self.watch: Callable[[int, Tensor], None] | None = None  # is shown every layer's attention outputs
-        self.position: Tensor | None = None
+        self.position: Tensor  # from `begin` on
+
+    def begin(self, positions: Sequence[int], device: torch.device) -> None:
+        """A step begins: where each row's incoming token stands in its text."""
+        self.position = torch.tensor(positions, device=device, dtype=torch.int32)
+        self.longest = max(positions) + 1
+        for pool in self.pools:
+            pool.begin()
+
+    def end(self) -> None:
+        """Every row has taken its token."""
+        self.t += 1
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, attention: Attention
     ) -> Tensor:
         """One token per lane: `(lanes, heads, 1, head_dim)` in, `(lanes, 1, heads, head_dim)` out."""
-        assert self.position is not None
         lanes, heads, _, dim = query.shape
         kv_heads = key.shape[1]
         query = query.reshape(lanes, kv_heads, heads // kv_heads, dim)
         key, value = key[:, :, 0], value[:, :, 0]
-        parts = []
 
         def rotate(vectors: Tensor, shift: Tensor) -> Tensor:
             return self.rotate(vectors, shift, layer)
 
-        for pool in self.pools:
-            rows = slice(pool.row, pool.row + pool.lanes)
-            position = self.position[rows]
-            parts.append(pool.step(layer, query[rows], key[rows], value[rows], position, scaling, self.t, rotate))
+        new = Incoming(query, key, value, self.position, scaling, self.t, rotate)
+        parts = [pool.step(layer, new.of(slice(pool.row, pool.row + pool.lanes))) for pool in self.pools]
         out = torch.cat(parts).view(lanes, 1, heads, -1)
         if self.watch is not None:
             self.watch(layer, out)
         return out
 
     def measures(self, row: int) -> dict[str, Any]:
-        """What a row's policy has to say about it. ContractError, as from the next two, if it cannot."""
+        """What a row's policy has to say about it. Fault, as from the next two, if it cannot."""
         member, lane, _ = self._member(row)
         return member.measures(lane)
 
@@ -216,18 +237,27 @@ class LaneBatch:
         fine = [torch.zeros(pool.lanes, dtype=torch.bool, device=device) for pool in self.pools]
         return torch.cat([other if part is None else part for part, other in zip(parts, fine, strict=True)])
 
-    def error(self, row: int, doubted: bool = False) -> str:
-        """What a row's policy did wrong in the last step; empty if nothing. `doubted`: what `wrong` says of the row."""
-        pool = self._pool(row)
-        return pool.error(row - pool.row, doubted)
+    def faults(self, doubted: Sequence[int] = ()) -> Iterator[tuple[int, str, bool]]:
+        """Rows whose policy went wrong: the row, what it did, and whether in a question about all its lanes.
+
+        Args:
+            doubted: rows that `wrong` says something against, as read.
+        """
+        for pool in self.pools:
+            for member in pool.members:
+                if member.error:
+                    for lane in range(member.start, member.stop):
+                        yield pool.row + lane, member.error, True
+        for row in doubted:
+            pool = self._pool(row)
+            member = pool.member(row - pool.row)
+            said = "" if member.error else pool.evictions.say(member.cell.policy, row - pool.row)
+            if said:
+                yield row, said, False
 
     def changes_weights(self, row: int) -> bool:
-        """Whether a row's policy has a hand in the attention itself, and may be to blame where it gives no numbers."""
-        policy = type(self._member(row)[0].cell.policy)
-        return any(
-            getattr(policy, hook) is not getattr(Policy, hook)
-            for hook in ("adjust_logits", "adjust_weights", "make_cache")
-        )
+        """Whether a row's policy has a hand in the attention itself."""
+        return self._member(row)[0].cell.changes_weights
 
     def blame(self, row: int, hook: str, what: str) -> str:
         """One line about a row's policy."""
@@ -238,11 +268,6 @@ class LaneBatch:
         pool = self._pool(row)
         member = pool.member(row - pool.row)
         return range(pool.row + member.start, pool.row + member.stop)
-
-    def begin(self) -> None:
-        """Forget the step before."""
-        for pool in self.pools:
-            pool.evictions = Evictions()
 
     def locate(self, row: int) -> tuple[list[LayerCache], int]:
         """The caches that hold a row of the batch, and the lane's place in them."""
@@ -263,10 +288,8 @@ class LaneBatch:
         pools, row = [], 0
         for pool in self.pools:
             rows = [i - pool.row for i in keep if pool.row <= i < pool.row + pool.lanes]
-            if len(rows) < pool.lanes and rows:
-                pool.select(rows)
-            pool.row = row
             if rows:
+                pool.select(rows, row)
                 pools.append(pool)
                 row += len(rows)
         self.pools = pools

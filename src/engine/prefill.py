@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from policies.base import Policy
+from policies.full import Full
 from src.engine.attention import Attention
 from src.kv.cache import LayerCache
-from src.kv.contract import (
-    RAISED,
-    Doubt,
-    beyond_policy,
-    check_cache,
-    check_kept,
-    check_limit,
-    check_measures,
-    check_start,
-    describe,
-    fault,
-)
+from src.kv.contract import Doubt, check_cache, check_kept, check_limit, check_measures, check_start
+from src.kv.faults import Answer, Fault, ask, describe
 from src.kv.prompt import PromptAttention
 from src.kv.state import State
 
@@ -35,6 +26,17 @@ class Cell:
 
     policy: Policy
     budget: int
+
+    @property
+    def full(self) -> bool:
+        """Whether this is the full cache, which others are compared with; a user's subclass of it may cut."""
+        return type(self.policy) is Full
+
+    @property
+    def changes_weights(self) -> bool:
+        """Whether the policy has a hand in the attention itself, and may be to blame where it gives no numbers."""
+        hooks = ("adjust_logits", "adjust_weights", "make_cache")
+        return any(getattr(type(self.policy), hook) is not getattr(Policy, hook) for hook in hooks)
 
 
 class Fork:
@@ -64,30 +66,44 @@ class Fork:
     def add_layer(self, prompt: PromptAttention) -> None:
         if self.error:
             return
-        policy, budget, hook = self.cell.policy, self.cell.budget, "prompt_limit"
-        heads, length = prompt.kv_heads, prompt.length
-        prompt.doubts.clear()
         try:
-            most = min(policy.prompt_limit(budget, length), length)
-            hook = "keep_prompt"
-            kept, doubt = check_kept(policy.keep_prompt(prompt, budget), heads, length, most, prompt.keys.device)
-            self.doubts += [(prompt.layer, d) for d in (*prompt.doubts, doubt)]
-            hook, entries = "limit", kept.shape[1]
-            bound = budget if policy.uses_budget and not policy.uses_decode_budget else None
-            limit = check_limit(policy.limit(budget, entries), entries, bound, not policy.evicts_while_decoding)
-            hook = "make_cache"
-            self.caches.append(policy.make_cache(prompt, kept, limit))
-            check_cache(self.caches[-1], (1, heads, entries), limit)
-            hook = "start"
-            self.states.append(policy.start(prompt, kept, budget))
-            check_start(self.states[-1], heads, entries)
-            hook = "prompt_measures"
-            self._measured.append(check_measures(policy.prompt_measures(prompt, budget), Tensor))
-        except RAISED as error:
-            if beyond_policy(error):
-                raise
-            self.fail(fault(policy, hook, prompt.layer, error))
+            self._cut(prompt)
+        except Fault as fault:
+            self.fail(str(fault))
         self.full_nbytes += prompt.keys.nbytes + prompt.values.nbytes
+
+    def _cut(self, prompt: PromptAttention) -> None:
+        """Everything that the policy is asked about one layer of the prompt, in this order.
+
+        Raises:
+            Fault: it raised, or broke its contract.
+        """
+        policy, budget, heads, length = self.cell.policy, self.cell.budget, prompt.kv_heads, prompt.length
+
+        def question(hook: str, asked: Callable[[], Answer]) -> Answer:
+            return ask(policy, hook, prompt.layer, asked)
+
+        def keep() -> tuple[Tensor, Doubt]:
+            return check_kept(policy.keep_prompt(prompt, budget), heads, length, most, prompt.keys.device)
+
+        def limits() -> int | None:
+            bound = budget if policy.uses_budget and not policy.uses_decode_budget else None
+            return check_limit(policy.limit(budget, entries), entries, bound, not policy.evicts_while_decoding)
+
+        prompt.doubts.clear()
+        most = question("prompt_limit", lambda: min(policy.prompt_limit(budget, length), length))
+        kept, doubt = question("keep_prompt", keep)
+        self.doubts += [(prompt.layer, d) for d in (*prompt.doubts, doubt)]
+        entries = kept.shape[1]
+        limit = question("limit", limits)
+        cache = question("make_cache", lambda: policy.make_cache(prompt, kept, limit))
+        question("make_cache", lambda: check_cache(cache, (1, heads, entries), limit))
+        state = question("start", lambda: policy.start(prompt, kept, budget))
+        question("start", lambda: check_start(state, heads, entries))
+        measured = question("prompt_measures", lambda: check_measures(policy.prompt_measures(prompt, budget), Tensor))
+        self.caches.append(cache)
+        self.states.append(state)
+        self._measured.append(measured)
 
     def fail(self, error: str) -> None:
         """Its policy is asked nothing more, and its caches go."""
@@ -95,14 +111,30 @@ class Fork:
         self.doubts = []
 
     def measures(self) -> dict[str, Tensor]:
-        """`Policy.prompt_measures` of all layers, stacked; nothing, and an `error`, if they do not agree."""
-        try:
+        """`Policy.prompt_measures` of all layers, stacked.
+
+        Raises:
+            Fault: the layers' do not agree.
+        """
+
+        def stacked() -> dict[str, Tensor]:
             return {name: torch.stack([layer[name] for layer in self._measured]) for name in self._measured[0]}
-        except RAISED as error:
-            if beyond_policy(error):
-                raise
-            self.fail(fault(self.cell.policy, "prompt_measures", None, error))
-            return {}
+
+        return ask(self.cell.policy, "prompt_measures", None, stacked)
+
+    def take_layer(self) -> LayerCache:
+        """Hands the first layer's cache over that it still has; whoever takes it holds it alone."""
+        return self.caches.pop(0)
+
+    def take_states(self) -> list[State]:
+        """Hands the policy's states over, a list over layers."""
+        states, self.states = self.states, []
+        return states
+
+    def take_doubts(self) -> list[tuple[int, Doubt]]:
+        """Hands over what must still be looked at."""
+        doubts, self.doubts = self.doubts, []
+        return doubts
 
     def nbytes(self) -> int:
         """Exact bytes of keys and values."""
@@ -146,7 +178,7 @@ class Prefill:
 
     def settle(self) -> None:
         """Read what the policies' positions and scores came to, all at once: the host waits for the device."""
-        open_ = [(fork, layer, doubt) for fork in self.forks for layer, doubt in fork.doubts]
+        open_ = [(fork, layer, doubt) for fork in self.forks for layer, doubt in fork.take_doubts()]
         found = torch.cat([doubt.numbers for _, _, doubt in open_]).tolist() if open_ else []
         end = 0
         for fork, layer, doubt in open_:
@@ -154,4 +186,3 @@ class Prefill:
             wrong = "" if fork.error else doubt.judge(found[start:end])
             if wrong:
                 fork.fail(describe(fork.cell.policy, doubt.hook, wrong, [f"layer {layer}"]))
-            fork.doubts = []

@@ -16,14 +16,15 @@ from src.errors import InputError
 from src.kv.budget import Budget, SplitBudget, check_budget
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Variant:
-    """A policy and the budget as the user gave it.
+    """A policy and the budget as the user gave it. Each is itself only, like requests and generations.
 
     Args:
         policy: settings of the policy.
         budget: entries per layer and KV head; a fraction in (0, 1] of the prompt; both parts of it, for policies
             with a decode pool; None for policies without.
+        asked: False: nobody waits for what comes of it, it is there for the others' sake.
 
     Raises:
         InputError: a budget the policy cannot work with.
@@ -31,6 +32,7 @@ class Variant:
 
     policy: Policy
     budget: Budget | None
+    asked: bool = True
 
     def __post_init__(self) -> None:
         policy, budget, name = self.policy, self.budget, type(self.policy).__name__
@@ -69,7 +71,7 @@ class Variant:
         return Cell(policy.at(max(decode, least_decode), horizon), max(prompt, least))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Request:
     """One prompt to continue.
 
@@ -92,6 +94,16 @@ class Request:
     context_tokens: int | None = None
     reference: list[int] | None = None
 
+    @property
+    def first(self) -> int:
+        """Tokens of the first forward pass."""
+        return len(self.ids) if self.context_tokens is None else self.context_tokens
+
+    @property
+    def last(self) -> int:
+        """The most tokens that are ever read: the last new token is not."""
+        return len(self.ids) + self.max_new_tokens - 1
+
 
 @dataclass(frozen=True)
 class Job:
@@ -106,7 +118,7 @@ class Job:
         return len(self.variants) * (2 if self.request.reference else 1)
 
 
-@dataclass
+@dataclass(eq=False)
 class Generation:
     """What one lane produced. Times in seconds, memory in bytes.
 
@@ -148,14 +160,22 @@ class Generation:
     error: str | None = None
 
     def describe_prompt(self, fork: Fork) -> None:
-        """Record what is left of the prompt right after the cut."""
+        """Record what is left of the prompt right after the cut.
+
+        Raises:
+            Fault: the policy's measures of the prompt do not fit together.
+        """
         self.kept_prompt = [cache.positions[0].to("cpu", copy=True) for cache in fork.caches]
         self.kv_bytes, self.bookkeeping_bytes = fork.nbytes(), fork.bookkeeping_nbytes()
         self.kv_bytes_by_device, self.kv_bytes_full = fork.nbytes_by_device(), fork.full_nbytes
         self.extra = {name: four_digits(values.tolist()) for name, values in fork.measures().items()}
 
     def describe_end(self, batch: LaneBatch, row: int) -> None:
-        """Record what is cached when the lane has finished."""
+        """Record what is cached when the lane has finished.
+
+        Raises:
+            Fault: the policy cannot say what the record needs.
+        """
         caches, lane = batch.locate(row)
         self.kept_end = [cache.positions[lane, :, : cache.used[lane]].to("cpu", copy=True) for cache in caches]
         held = sum(cache.entry_bytes * cache.most_used[lane] for cache in caches)

@@ -27,6 +27,8 @@ TOLERANCE = 1e-4  # relative error of a layer's queries in float32
 class Turning:
     """One way to rotate a head: dimension `first[c]` and `second[c]` are a pair, turned by `frequencies[c]`.
 
+    Layers that turn alike share one object, so that only two ways that differ are unequal.
+
     Attributes:
         frequencies: radians per position, `(pairs,)`, float64; none for a layer without positions.
     """
@@ -87,7 +89,7 @@ class Rotary:
             return self.layers[layer](vectors, shift)
         (one, common), *others = self.layers.items()
         for other, way in others:
-            if way is not common:
+            if way != common:
                 raise InputError(f"layers {one} and {other} of this model rotate differently, and no layer was named")
         return common(vectors, shift)
 

@@ -1,4 +1,4 @@
-"""What a policy may hand back: checked here, and said in one line that its author can act on.
+"""What a policy may hand back, checked here.
 
 Shapes, types and counts are looked at on the host, always. Values lie on the device: what must hold for them is
 noted as a `Doubt` and read with all others at once, after a prompt (`Prefill.settle`); a decoding step's are read with
@@ -7,38 +7,16 @@ its tokens.
 
 from __future__ import annotations
 
-import inspect
-import logging
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from src.errors import InputError
+from src.kv.faults import ContractError, show
 
 WHOLE = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
-LONGEST = 300  # characters of somebody else's message
-RAISED = (Exception, SystemExit)  # what a policy's code may end with; Ctrl-C is the user's
-BROKEN = -2  # in place of a token: the lane's policy has evicted no valid slot
-
-log = logging.getLogger(__name__)
-
-
-class ContractError(ValueError):
-    """A policy handed back what it may not.
-
-    Args:
-        found: "gave ...; expected ...".
-        hook: of the policy, where it is another one than the engine asked.
-    """
-
-    def __init__(self, found: str, hook: str = "") -> None:
-        super().__init__(found)
-        self.hook = hook
 
 
 @dataclass(frozen=True)
@@ -54,58 +32,6 @@ class Doubt:
     hook: str
     numbers: Tensor
     judge: Callable[[Sequence[float]], str]
-
-
-def beyond_policy(error: BaseException) -> bool:
-    """Whether it is no fault of the policy that raised it: the model is refused, memory ran out, a device is lost."""
-    if isinstance(error, InputError) or is_out_of_memory(error):
-        return True
-    return isinstance(error, RuntimeError) and "CUDA error" in said(error)
-
-
-def fault(policy: object, hook: str, layer: int | None, error: BaseException) -> str:
-    """One line about what a policy raised; its traceback goes to the log (level debug)."""
-    log.debug("%s.%s", type(policy).__name__, hook, exc_info=error)
-    where = [] if layer is None else [f"layer {layer}"]
-    if isinstance(error, ContractError):
-        return describe(policy, error.hook or hook, said(error), where)
-    where.append(place(policy, error))
-    message = said(error)
-    return describe(policy, hook, f"raised {type(error).__name__}{': ' if message else ''}{message}", where)
-
-
-def describe(policy: object, hook: str, what: str, where: Sequence[str]) -> str:
-    """`policy H2O: evict gave ...; expected ... (layer 3)`."""
-    return f"policy {type(policy).__name__}: {hook} {what}" + (f" ({', '.join(where)})" if where else "")
-
-
-def said(error: BaseException) -> str:
-    """An exception's message as one printable line; nothing if it has none."""
-    try:
-        text = " ".join(str(error).split())
-    except RAISED:  # its author's mistake, too
-        return ""
-    text = "".join(c if c.isprintable() else "?" for c in text)
-    return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
-
-
-def place(policy: object, error: BaseException) -> str:
-    """`file.py:line` that raised: the last line of the policy's own file, if there is one."""
-    frames = traceback.extract_tb(error.__traceback__)
-    try:
-        own = [frame for frame in frames if frame.filename == inspect.getfile(type(policy))]
-    except (TypeError, OSError):  # a class made in a notebook
-        own = []
-    last = (own or frames)[-1]
-    return f"{Path(last.filename).name}:{last.lineno}"
-
-
-def show(value: Any) -> str:
-    """What was found: shape and type of a tensor, else the value (shortened)."""
-    if isinstance(value, Tensor):
-        return f"shape {tuple(value.shape)}, {str(value.dtype).removeprefix('torch.')}, on {value.device}"
-    text = f"{type(value).__name__} {value!r}" if value is not None else "None"
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 # The prompt.
@@ -245,7 +171,8 @@ def check_prune(kept: Any, lanes: int, kv_heads: int, most: int, own_pool: bool,
         raise ContractError(
             f"gave {show(kept)}; expected slots ({lanes}, {kv_heads}, k), 1 <= k <= {most}, int64, or None"
         )
-    return kept.long()
+    slots: Tensor = kept.long()
+    return slots
 
 
 def check_state(slots: Mapping[str, Tensor], fixed: Mapping[str, Tensor], shape: tuple[int, int, int]) -> None:
@@ -264,7 +191,7 @@ def check_state(slots: Mapping[str, Tensor], fixed: Mapping[str, Tensor], shape:
             raise ContractError(f"left fixed[{name!r}] of {show(tensor)}; expected ({lanes}, ...)")
 
 
-def check_by_slot(shares: Any, shape: tuple[int, int, int]) -> None:
+def check_by_slot(shares: Any, shape: tuple[int, int, int]) -> Tensor:
     """What `Policy.attended` and `Policy.picks` give for one layer, `(lanes, kv_heads, slots + 1)`.
 
     Raises:
@@ -272,6 +199,7 @@ def check_by_slot(shares: Any, shape: tuple[int, int, int]) -> None:
     """
     if not isinstance(shares, Tensor) or shares.shape != shape:
         raise ContractError(f"gave {show(shares)} for a layer; expected {shape}, or None for all layers")
+    return shares
 
 
 def check_room(room: Any, limit: int) -> int:
@@ -294,13 +222,3 @@ def check_recent(recent: Any, budget: int) -> int:
     if type(recent) is not int or not 0 <= recent <= budget:
         raise ContractError(f"gave {show(recent)}; expected a whole number from 0 to {budget}, the budget", "recent")
     return recent
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """CUDA's allocator raises a class of its own; the driver, cuBLAS and the CPU's allocator only a message."""
-    if isinstance(error, MemoryError):
-        return True
-    messages = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    if not isinstance(error, RuntimeError):
-        return False
-    return isinstance(error, torch.OutOfMemoryError) or any(message in str(error) for message in messages)

@@ -137,7 +137,7 @@ def tables(query: Tensor, centroids: Tensor) -> Tensor:
         query: `(lanes, kv_heads, group, head_dim)`, scaled.
         centroids: `(kv_heads, g, c, head_dim / g)`.
     """
-    parts = query.unflatten(-1, (centroids.shape[1], centroids.shape[3]))
+    parts = query.view(*query.shape[:-1], centroids.shape[1], centroids.shape[3])
     return torch.einsum("lhqgs,hgcs->lhqgc", precise(parts), precise(centroids))
 
 

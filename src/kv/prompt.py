@@ -144,5 +144,5 @@ def vector_norm(values: Tensor, kind: str) -> Tensor:
 
 
 def precise(tensor: Tensor) -> Tensor:
-    """As float32, the precision of all scores; float64 stays (tests compare against references in it)."""
+    """As float32, the precision of all scores; float64 stays (tests compare in it)."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -61,6 +61,15 @@ class State:
         """Bytes of book-keeping, all lanes together."""
         return sum(t.untyped_storage().nbytes() for t in (*self.slots.values(), *self.fixed.values()))
 
+    def grow(self, added: int) -> None:
+        """Columns for so many more slots."""
+        self.slots = {name: F.pad(tensor, (0, added)) for name, tensor in self.slots.items()}
+
+    def select(self, lanes: Tensor) -> None:
+        """Keep only these lanes."""
+        self.slots = {name: tensor[lanes] for name, tensor in self.slots.items()}
+        self.fixed = {name: tensor[lanes] for name, tensor in self.fixed.items()}
+
     def keep(self, slots: Tensor) -> None:
         """Keep only these slots `(lanes, kv_heads, k)`, moved to the front; the incoming token's column stays."""
         for name, tensor in self.slots.items():

@@ -26,7 +26,7 @@ from src.engine.engine import Engine
 from src.engine.layer_kinds import TextLengths, listed
 from src.engine.request import Job, Request, Variant
 from src.errors import InputError
-from src.kv.contract import is_out_of_memory
+from src.kv.faults import is_out_of_memory
 from src.models.digest import digest
 
 log = logging.getLogger(__name__)

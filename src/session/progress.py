@@ -26,7 +26,7 @@ class Progress:
 
     def __init__(self, cells: Sequence[CellConfig], total: int) -> None:
         self.cells, self.total = list(cells), total * len(cells)
-        self.sums: dict[int, tuple[float, int, int]] = {id(c): (0.0, 0, 0) for c in cells}
+        self.sums: dict[CellConfig, tuple[float, int, int]] = {cell: (0.0, 0, 0) for cell in cells}
         self.finished = 0
         self.console = Console(file=sys.stderr)
         self._bar = Bar(
@@ -66,11 +66,11 @@ class Progress:
 
     def done(self, cell: CellConfig, record: Mapping[str, Any]) -> None:
         """A pair finished now."""
-        total, n, failed = self.sums[id(cell)]
+        total, n, failed = self.sums[cell]
         if record.get("error"):
-            self.sums[id(cell)] = (total, n, failed + 1)
+            self.sums[cell] = (total, n, failed + 1)
         else:
-            self.sums[id(cell)] = (total + record["score"], n + 1, failed)
+            self.sums[cell] = (total + record["score"], n + 1, failed)
         self._advance()
 
     def _advance(self) -> None:
@@ -87,11 +87,11 @@ class Progress:
         ran = self.finished - self._skipped
         seconds = (self.total - self.finished) * (self._spoken - self._started) / max(ran, 1)
         left = f"about {seconds:.0f} s left" if ran >= len(self.cells) else "the first samples are under way"
-        scores = "  ".join(f"{name(c)} {self._score(c)}" for c in self.cells if self.sums[id(c)][1])
+        scores = "  ".join(f"{name(c)} {self._score(c)}" for c in self.cells if self.sums[c][1])
         print(f"{self.finished}/{self.total} done, {left}  {scores}", file=sys.stderr, flush=True)
 
     def _score(self, cell: CellConfig) -> str:
-        total, n, failed = self.sums[id(cell)]
+        total, n, failed = self.sums[cell]
         return (f"{total / n:.1f}" if n else "-") + (f" ({failed} failed)" if failed else "")
 
     def _drawing(self) -> Group:

@@ -40,7 +40,7 @@ from src.retention.trace import made_with, trace_path
 from src.session.chosen import has_chosen, save_chosen
 from src.session.progress import Progress
 from src.session.samples import Prepared, malformed_record, prepare, refuse_missing_references, to_record, to_request
-from src.session.trace_probe import TracingEngine
+from src.session.trace_probe import TraceProbe
 from src.tracking.wandb import Tracker, Tracking
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def current(model: str) -> LoadedModel:
     return loaded(model)
 
 
-@dataclass
+@dataclass(eq=False)
 class Cell:
     """One cell's folder and tracker while a session runs."""
 
@@ -95,8 +95,8 @@ class Session:
         tracking = Tracking(**cfg.wandb)
         self.model = current(json.dumps(OmegaConf.to_container(cfg.model, resolve=True), sort_keys=True))
         self.beyond_context = self._check_lengths()
-        every = cfg.kept_over_time
-        self.engine = TracingEngine(self.model.model, lanes, every) if every else Engine(self.model.model, lanes)
+        self.tracing = TraceProbe(cfg.kept_over_time) if cfg.kept_over_time else None
+        self.engine = Engine(self.model.model, lanes, probes=[self.tracing] if self.tracing else [])
         self.interrupted = False
         self.failed = 0
         folders: list[tuple[CellConfig, RunFolder]] = []
@@ -195,7 +195,7 @@ class Session:
         return samples
 
     def _run(self, progress: Progress) -> None:
-        by_variant = {id(cell.config.variant): cell for cell in self.cells}
+        by_variant = {cell.config.variant: cell for cell in self.cells}
         prepared: dict[str, Prepared] = {}  # until the last cell that lacks it is done
         open_cells: Counter[str] = Counter()
 
@@ -227,15 +227,16 @@ class Session:
         for result in self.engine.run(jobs(), stop=lambda: self.interrupted):
             if files:
                 files.refuse(files.overwritten())
+            cell = by_variant[result.variant]
             record = to_record(prepared[result.request.name], result, self.model, self.cfg)
             kept = None if result.error else Kept(result.kept_prompt, result.kept_end)
-            trace = self.engine.trace(result) if isinstance(self.engine, TracingEngine) else None
+            trace = self.tracing.take(result) if self.tracing else None
             if trace and not result.error:
-                trace.save(trace_path(by_variant[id(result.variant)].folder.path, record["task"], record["id"]))
+                trace.save(trace_path(cell.folder.path, record["task"], record["id"]))
             if self.cfg.retention == "positions" and not result.error:
                 cut = record.get("context_tokens", record["prompt_tokens"])
-                save_chosen(by_variant[id(result.variant)].folder.path, record["task"], record["id"], result, cut)
-            self._keep(by_variant[id(result.variant)], record, kept, progress)
+                save_chosen(cell.folder.path, record["task"], record["id"], result, cut)
+            self._keep(cell, record, kept, progress)
             open_cells[result.request.name] -= 1
             if not open_cells[result.request.name]:
                 del prepared[result.request.name], open_cells[result.request.name]

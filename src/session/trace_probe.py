@@ -1,60 +1,36 @@
-"""An engine that notes what is cached, or attended to, while the output grows (`kept_over_time=N`)."""
+"""What is cached, or attended to, while the output grows (`kept_over_time=N`), noted by a probe of the engine."""
 
 from __future__ import annotations
 
-from typing import Any
-
-from src.engine.decode import Lane
-from src.engine.engine import Engine
-from src.engine.fidelity import REFERENCE
-from src.engine.pool import LaneBatch
-from src.engine.request import Generation
-from src.kv.contract import ContractError
+from src.engine.probes import LaneView, Probe
+from src.engine.request import Generation, Request, Variant
 from src.retention.trace import BINS, Trace
 
 
-class TracingEngine(Engine):
-    """An engine that keeps a `Trace` of every lane it has not handed out yet.
+class TraceProbe(Probe):
+    """Keeps a `Trace` of every lane, until it is taken.
 
     Args:
         every: output tokens between two looks.
     """
 
-    def __init__(self, model: Any, max_lanes: int, every: int) -> None:
-        super().__init__(model, max_lanes)
+    def __init__(self, every: int) -> None:
         self.every = every
-        self._traces: dict[tuple[str, int], tuple[Generation, Trace]] = {}
+        self.traces: dict[tuple[Request, Variant], Trace] = {}
 
-    def _step(self, batch: LaneBatch, lanes: list[Lane], *rest: Any) -> None:
-        super()._step(batch, lanes, *rest)
-        if batch.t % self.every:
-            return
-        for row, lane in enumerate(lanes):
-            if lane.targets is None and lane.result.variant is not REFERENCE and not lane.result.error:
-                caches, at = batch.locate(row)
-                kept = [c.positions[at, :, : c.used[at]] for c in caches]
-                try:
-                    chosen, trace = batch.attended(row), self._of(lane.result)
-                except ContractError as error:
-                    lane.fail(str(error))
-                    continue
-                if chosen is not None:
-                    chosen = [share[:, : layer.shape[1]] for share, layer in zip(chosen, kept, strict=True)]
-                trace.note(batch.t, kept, chosen)
+    def on_cut(self, generation: Generation) -> None:
+        """A trace begins; another try, after memory ran out, starts afresh."""
+        request, variant = generation.request, generation.variant
+        width = -(-(len(request.ids) + request.max_new_tokens) // BINS)
+        trace = self.traces[request, variant] = Trace(request.first, width, self.every)
+        if not variant.policy.chooses:
+            trace.note(0, generation.kept_prompt)
 
-    def trace(self, result: Generation) -> Trace:
-        """A finished or failed lane's, once."""
-        trace = self._of(result)
-        del self._traces[result.request.name, id(result.variant)]
-        return trace
+    def on_step(self, lane: LaneView) -> None:
+        if lane.t % self.every == 0:
+            trace = self.traces[lane.generation.request, lane.generation.variant]
+            trace.note(lane.t, lane.kept, lane.attended())
 
-    def _of(self, result: Generation) -> Trace:
-        request, key = result.request, (result.request.name, id(result.variant))
-        found = self._traces.get(key)
-        if found is None or found[0] is not result:  # another try, after memory ran out, starts afresh
-            width = -(-(len(request.ids) + request.max_new_tokens) // BINS)
-            scope = len(request.ids) if request.context_tokens is None else request.context_tokens
-            found = self._traces[key] = (result, Trace(scope, width, self.every))
-            if result.kept_prompt and not result.variant.policy.chooses:
-                found[1].note(0, result.kept_prompt)
-        return found[1]
+    def take(self, result: Generation) -> Trace | None:
+        """A finished lane's, once; None where its prompt was not cut."""
+        return self.traces.pop((result.request, result.variant), None)

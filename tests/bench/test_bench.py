@@ -12,6 +12,7 @@ from src.engine.engine import Engine
 from src.engine.request import Job, Request, Variant
 from tests.support.cli import call
 from tests.support.tiny import tiny, tokens
+from tests.support.watch import Watch
 
 ENTRY = 2 * 2 * 2 * 16 * 4  # keys and values, layers, KV heads, head size, float32
 
@@ -74,12 +75,8 @@ def test_a_stepped_lane_generates_what_the_engine_does() -> None:
     (whole,) = Engine(model, 1).run([Job(request, [Variant(H2O(), 20)])])
     taken: list[list[int]] = []
 
-    class Watched(Engine):
-        def _step(self, batch: Any, lanes: Any, *rest: Any) -> None:
-            super()._step(batch, lanes, *rest)
-            taken.append(list(lanes[0].result.tokens))
-
-    step = lane_steps(Watched(model, 1), Job(request, [Variant(H2O(), 20)]))
+    watch = Watch(lambda lane: taken.append(list(lane.generation.tokens)))
+    step = lane_steps(Engine(model, 1, [watch]), Job(request, [Variant(H2O(), 20)]))
     for _ in range(8):
         step()
     assert taken[-1] == whole.tokens[:9]

@@ -93,7 +93,7 @@ def test_finished_folder_recomputes_nothing(base: list[str], monkeypatch: pytest
     def never(*_: object) -> None:
         raise AssertionError("a prompt was read again")
 
-    monkeypatch.setattr("src.engine.engine.Engine._prefill", never)
+    monkeypatch.setattr("src.engine.engine.Engine.prefill", never)
     again = call("run", *arguments)
     assert again.code == 0 and again.folder == first.folder
     assert (first.folder / "predictions.jsonl").read_bytes() == content and metrics(first.folder)["samples"] == 2

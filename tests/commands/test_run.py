@@ -183,14 +183,14 @@ def test_overwrite_starts_afresh(base: list[str]) -> None:
 
 
 def test_memory_running_out_fails_that_sample_only(base: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = Engine._prefill
+    plain = Engine.prefill
 
     def prefill(self: Engine, job: Any) -> Any:
         if "needle-0-1" in job.request.name:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
         return plain(self, job)
 
-    monkeypatch.setattr(Engine, "_prefill", prefill)
+    monkeypatch.setattr(Engine, "prefill", prefill)
     done = call("run", *base, "policy=h2o", "budget=40", "limit=3")
     assert done.code == 1 and "1 samples failed" in done.err
     errors = {r["id"]: r["error"] for r in lines(done.folder)}
@@ -245,7 +245,7 @@ def test_ctrl_c_finishes_the_samples_in_flight(
 
 def test_ctrl_c_begins_no_further_prompt(base: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Long prompts take long: of a wave of five, only the one being read is finished."""
-    interrupt(monkeypatch, Engine, "_prefill", times=1)
+    interrupt(monkeypatch, Engine, "prefill", times=1)
     done = call("run", *base, "policy=h2o", "budget=40", "limit=5", "overwrite=true")
     assert done.code == 130 and len(lines(done.folder)) == 1
     assert "without overwrite=true" in done.err

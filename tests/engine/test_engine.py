@@ -16,13 +16,15 @@ from policies.h2o import H2O
 from policies.snapkv import SnapKV
 from policies.streaming_llm import StreamingLLM
 from src.engine.engine import Engine
+from src.engine.probes import LaneView, Probe
 from src.engine.request import Generation, Job, Request, Variant
 from src.errors import InputError
 from src.kv.cache import LayerCache
-from src.kv.contract import is_out_of_memory
+from src.kv.faults import is_out_of_memory
 from src.kv.prompt import PromptAttention
 from tests.support import naive
 from tests.support.tiny import SUPPORTED, tiny, tokens
+from tests.support.watch import Watch
 
 one_thread = pytest.fixture(scope="module", autouse=True)(naive.one_thread)
 
@@ -113,22 +115,17 @@ def test_bfloat16_runs(model: Any) -> None:
 def test_budget_is_never_exceeded_and_bytes_are_exact(model: Any, policy: Policy) -> None:
     config = model.config
 
-    class Watching(Engine):
-        steps = 0
-
-        def _step(self, batch: Any, *rest: Any) -> None:
-            super()._step(batch, *rest)
-            self.steps += 1
-            for pool in batch.pools:
-                for cache in pool.caches:
-                    assert cache.slots <= cache.limit
-                    assert max(cache.used) <= cache.limit
-                    assert cache.keys.untyped_storage().nbytes() == cache.keys.numel() * 4
-                    held = cache.positions.sort(dim=-1).values
-                    assert (held[..., 1:] > held[..., :-1])[held[..., :-1] >= 0].all()  # no token twice
+    def within_limit(lane: LaneView) -> None:
+        for cache in lane.caches:
+            assert cache.limit is not None and cache.slots <= cache.limit
+            assert max(cache.used) <= cache.limit
+            assert cache.keys.untyped_storage().nbytes() == cache.keys.numel() * 4
+            held = cache.positions.sort(dim=-1).values
+            assert (held[..., 1:] > held[..., :-1])[held[..., :-1] >= 0].all()  # no token twice
 
     budget, new = 23, 40
-    engine = Watching(model, 100)
+    watch = Watch(within_limit)
+    engine = Engine(model, 100, [watch])
     expected = 2 * config.num_hidden_layers * config.num_key_value_heads * budget * config.head_dim * 4
     for length in (70, 24, 23):
         (generation,) = engine.run([Job(ask("x", length, new), [Variant(policy, budget)])])
@@ -137,7 +134,7 @@ def test_budget_is_never_exceeded_and_bytes_are_exact(model: Any, policy: Policy
         assert all(kept.shape == (config.num_key_value_heads, budget) for kept in generation.kept_end)
     (short,) = engine.run([Job(ask("x", 9, new), [Variant(policy, budget)])])
     assert (short.kv_bytes, short.kv_bytes_peak) == (expected // budget * 9, expected)
-    assert engine.steps == 4 * (new - 1)
+    assert watch.steps == 4 * (new - 1)
 
 
 def test_a_growing_cache_reports_its_peak(model: Any) -> None:
@@ -334,15 +331,13 @@ def test_waves_widen_again_after_one_long_prompt(model: Any) -> None:
 def test_what_is_under_way_is_finished_though_memory_ran_out_and_ctrl_c_came(model: Any) -> None:
     pressed: list[int] = []
 
-    class Pressed(Engine):
-        def _prefill(self, job: Job) -> Any:
-            lanes = super()._prefill(job)
-            if job.request.name == "1":
+    class Press(Probe):
+        def on_cut(self, generation: Generation) -> None:
+            if generation.request.name == "1":
                 pressed.append(1)
-            return lanes
 
     jobs = [Job(ask(str(i), 20, 6, seed=i), [Variant(HungryLater(), 12)]) for i in range(4)]
-    results = list(Pressed(model, 4).run(jobs, stop=lambda: bool(pressed)))
+    results = list(Engine(model, 4, [Press()]).run(jobs, stop=lambda: bool(pressed)))
     assert sorted(g.request.name for g in results) == ["0", "1"] and not any(g.error for g in results)
 
 

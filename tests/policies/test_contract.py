@@ -21,7 +21,7 @@ from src.engine.engine import Engine
 from src.engine.request import Generation, Job, Request, Variant
 from src.kv.cache import LayerCache
 from src.kv.state import State
-from src.session.trace_probe import TracingEngine
+from src.session.trace_probe import TraceProbe
 from tests.support import naive
 from tests.support.tiny import tiny, tokens
 
@@ -412,7 +412,7 @@ def test_with_a_reference_answer(model: Any, hook: str) -> None:
     assert found[OTHERS[1]].tokens == plain.tokens
 
 
-def test_a_subclass_of_the_full_cache_is_no_reference(model: Any) -> None:
+def test_a_subclass_of_the_full_cache_is_not_what_others_are_compared_with(model: Any) -> None:
     class Cut(Full):
         uses_budget = True
 
@@ -426,11 +426,12 @@ def test_a_subclass_of_the_full_cache_is_no_reference(model: Any) -> None:
 
 def test_while_kept_positions_are_noted(model: Any) -> None:
     variants = [Variant(Bad(wrong={"evict": fails(ValueError("x"))}), BUDGET), OTHERS[1]]
-    engine = TracingEngine(model, 100, every=2)
+    probe = TraceProbe(every=2)
     found = {}
-    for result in engine.run([Job(ask("0"), variants)]):
+    for result in Engine(model, 100, [probe]).run([Job(ask("0"), variants)]):
         found[result.variant] = result
-        engine.trace(result)
+        probe.take(result)
+    assert not probe.traces
     assert [bool(found[v].error) for v in variants] == [True, False]
 
 
@@ -453,5 +454,5 @@ def test_values_are_read_once_per_prompt(model: Any, monkeypatch: pytest.MonkeyP
     job = Job(ask("0"), variants)
     with torch.inference_mode():
         monkeypatch.setattr(torch.Tensor, "tolist", tolist)
-        engine._prefill(job)
+        engine.prefill(job)
     assert [shape for shape in read if len(shape) == 1 and shape[0] > 20] == [torch.Size([4 * 2 * (3 + 4)])]

@@ -19,6 +19,7 @@ from src.kv.product import SplitCache, encode, look_up, tables, weighted_sum
 from src.kv.step import DecodeStep
 from tests.support import naive
 from tests.support.tiny import tiny, tokens
+from tests.support.watch import logits_of
 
 one_thread = pytest.fixture(scope="module", autouse=True)(naive.one_thread)
 
@@ -35,27 +36,11 @@ def request(n: int = N, new: int = NEW, seed: int = 0) -> Request:
     return Request(f"{n}-{seed}", tokens(n, seed=seed)[0].tolist(), frozenset(), new)
 
 
-class Watched(Engine):
-    """Keeps the logits of every step."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__(model, 100)
-        self.logits: list[Tensor] = []
-
-    def run_one(self, variant: Variant, request: Request) -> Generation:
-        original = self.model.forward
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            result = original(*args, **kwargs)
-            self.logits.append(result.logits[:, -1].clone())
-            return result
-
-        self.model.forward = forward  # type: ignore[method-assign]
-        try:
-            (result,) = self.run([Job(request, [variant])])
-        finally:
-            del self.model.forward
-        return result
+def watched(model: Any, variant: Variant) -> tuple[Generation, list[Tensor]]:
+    """A lane alone, and the logits of its prompt and of every step."""
+    found: list[Generation] = []
+    logits = logits_of(model, lambda: found.extend(Engine(model, 100).run([Job(request(), [variant])])))
+    return found[0], logits
 
 
 @pytest.fixture(scope="module")
@@ -79,21 +64,20 @@ def lossless(model: Any) -> Codebooks:
 def test_lossless_codebooks_and_all_mass_are_the_full_cache(model: Any, lossless: Codebooks) -> None:
     count = lossless.centroids.shape[3]
     policy = HCAttention(groups=DIM, centroids=count, tau=1.0, loaded=lossless)
-    full, hc = Watched(model), Watched(model)
-    expected = full.run_one(Variant(Full(), None), request())
-    got = hc.run_one(Variant(policy, None), request())
+    expected, full = watched(model, Variant(Full(), None))
+    got, hc = watched(model, Variant(policy, None))
     assert got.tokens == expected.tokens
-    assert len(hc.logits) == len(full.logits) == NEW
-    assert max(float((a - b).abs().max()) for a, b in zip(hc.logits, full.logits, strict=True)) < 1e-4
+    assert len(hc) == len(full) == NEW
+    assert max(float((a - b).abs().max()) for a, b in zip(hc, full, strict=True)) < 1e-4
 
 
 @pytest.mark.parametrize("part", [{}, {"offload_values": True}, {"tau": 1 - 1e-12}])
 def test_with_all_parts_off_it_is_the_full_cache(model: Any, part: dict[str, Any]) -> None:
     """And with those on that lose nothing."""
-    full, hc = Watched(model), Watched(model)
-    full.run_one(Variant(Full(), None), request())
-    hc.run_one(Variant(HCAttention(**{**OFF, **part}), None), request())
-    assert max(float((a - b).abs().max()) for a, b in zip(hc.logits, full.logits, strict=True)) < 1e-9
+    _, full = watched(model, Variant(Full(), None))
+    _, hc = watched(model, Variant(HCAttention(**{**OFF, **part}), None))
+    assert len(hc) == len(full) == NEW
+    assert max(float((a - b).abs().max()) for a, b in zip(hc, full, strict=True)) < 1e-9
 
 
 def naive_logits(query: list[float], key: list[float], centroids: Tensor, scaling: float) -> float:

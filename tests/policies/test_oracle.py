@@ -16,39 +16,14 @@ from policies.full import Full
 from policies.h2o import H2O
 from policies.snapkv import SnapKV
 from policies.streaming_llm import StreamingLLM
-from src.engine.decode import Lane
 from src.engine.engine import Engine
-from src.engine.fidelity import REFERENCE
-from src.engine.pool import LaneBatch
 from src.engine.request import Generation, Job, Request, Variant
 from tests.support import naive
 from tests.support.naive import Kept, Naive
 from tests.support.tiny import SUPPORTED, tiny, tokens
+from tests.support.watch import Watch, sort
 
 STEPS = 30
-
-
-class WatchedEngine(Engine):
-    """Notes what every generating lane has cached after the prompt and after each step."""
-
-    def __init__(self, model: Any, max_lanes: int = 1000) -> None:
-        super().__init__(model, max_lanes)
-        self.kept: dict[int, list[Kept]] = {}  # by id of the generation
-
-    def _step(self, batch: LaneBatch, lanes: list[Lane], *rest: Any) -> None:
-        super()._step(batch, lanes, *rest)
-        for row, lane in enumerate(lanes):
-            if lane.targets is None and lane.result.variant is not REFERENCE:
-                caches, at = batch.locate(row)
-                kept = [sort(cache.positions[at, :, : cache.used[at]]) for cache in caches]
-                self.kept.setdefault(id(lane.result), []).append(kept)
-
-    def history(self, generation: Generation) -> list[Kept]:
-        return [[sort(layer) for layer in generation.kept_prompt], *self.kept.get(id(generation), [])]
-
-
-def sort(positions: torch.Tensor) -> list[list[int]]:
-    return [sorted(head) for head in positions.tolist()]
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -57,10 +32,9 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 
 def run(model: Any, requests: Sequence[Request], variants: Sequence[Variant]) -> dict[tuple[str, int], tuple]:
     """Everything in one wave: (request's name, index of the variant) -> (generation, kept after every step)."""
-    engine = WatchedEngine(model)
-    results = {}
-    for generation in engine.run([Job(request, variants) for request in requests]):
-        results[generation.request.name, variants.index(generation.variant)] = (generation, engine.history(generation))
+    watch, results = Watch(), {}
+    for generation in Engine(model, 1000, [watch]).run([Job(request, variants) for request in requests]):
+        results[generation.request.name, variants.index(generation.variant)] = (generation, watch.kept[generation])
     return results
 
 

@@ -15,15 +15,14 @@ from policies.scope import PROMPT_POLICIES, Scope
 from policies.snapkv import SnapKV
 from policies.streaming_llm import StreamingLLM
 from src.config.cells import make_cell
-from src.engine.decode import Lane
 from src.engine.engine import Engine
-from src.engine.pool import LaneBatch
 from src.engine.request import Generation, Job, Request, Variant
 from src.errors import InputError
 from src.kv.budget import SplitBudget, parse_budget
 from tests.support import naive
 from tests.support.naive import Kept, Naive, Token, softmax, top
 from tests.support.tiny import tiny, tokens
+from tests.support.watch import Watch, sort
 
 one_thread = pytest.fixture(scope="module", autouse=True)(naive.one_thread)
 
@@ -37,34 +36,11 @@ def model() -> Any:
     return tiny("llama", torch.float64, num_hidden_layers=2)
 
 
-class Watched(Engine):
-    """Notes the positions cached after every step, the allocated slots, and the bytes held."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__(model, 1000)
-        self.kept: dict[int, list[Kept]] = {}
-
-    def _step(self, batch: LaneBatch, lanes: list[Lane], *rest: Any) -> None:
-        super()._step(batch, lanes, *rest)
-        for row, lane in enumerate(lanes):
-            if lane.targets is None:
-                caches, at = batch.locate(row)
-                kept = [sort(cache.positions[at, :, : cache.used[at]]) for cache in caches]
-                assert all(int((cache.positions[at] >= 0).sum(-1).max()) == cache.used[at] for cache in caches)
-                self.kept.setdefault(id(lane.result), []).append(kept)
-
-
-def sort(positions: Tensor) -> list[list[int]]:
-    return [sorted(head) for head in positions.tolist()]
-
-
 def run(model: Any, variants: Sequence[Variant], new: int = STEPS + 1, n: int = PROMPT, **more: Any) -> list[tuple]:
-    engine = Watched(model)
+    watch = Watch()
     request = Request("x", tokens(n)[0].tolist(), frozenset(), new, **more)
-    results: list[Generation] = sorted(
-        engine.run([Job(request, variants)]), key=lambda g: next(i for i, v in enumerate(variants) if v is g.variant)
-    )
-    return [(g, [[sort(layer) for layer in g.kept_prompt], *engine.kept[id(g)]]) for g in results]
+    results = Engine(model, 1000, [watch]).run([Job(request, variants)])
+    return [(g, watch.kept[g]) for g in sorted(results, key=lambda g: variants.index(g.variant))]
 
 
 def allowed(strategy: str, x: int, horizon: int, local: int, history: int) -> int:
@@ -255,13 +231,11 @@ def test_requests_with_other_lengths_share_a_wave(model: Any) -> None:
     """Lanes of one policy with their own T, decoded together, do what they do alone."""
     variants = [Variant(Scope(strategy=s), 20) for s in STRATEGIES] + [Variant(H2O(), 20)]
     requests = [Request(str(n), tokens(n, seed=n)[0].tolist(), frozenset(), n) for n in (30, 45, 60)]
-    together = {
-        (g.request.name, id(g.variant)): g for g in Engine(model, 100).run([Job(r, variants) for r in requests])
-    }
+    together = {(g.request, g.variant): g for g in Engine(model, 100).run([Job(r, variants) for r in requests])}
     for request in requests:
         for variant in variants:
             alone = next(Engine(model, 1).run([Job(request, [variant])]))
-            other = together[request.name, id(variant)]
+            other = together[request, variant]
             assert alone.tokens == other.tokens and alone.kv_bytes_peak == other.kv_bytes_peak
             assert [sort(a) for a in alone.kept_end] == [sort(b) for b in other.kept_end]
 

@@ -104,7 +104,7 @@ def test_a_sample_that_fails_anew_each_time_does_not_grow_the_file_for_ever(
         def never(*_: object, turn: int = turn) -> None:
             raise RuntimeError(f"can't allocate memory: you tried to allocate {turn} bytes")
 
-        monkeypatch.setattr("src.engine.engine.Engine._prefill", never)
+        monkeypatch.setattr("src.engine.engine.Engine.prefill", never)
         found.append(len(lines(run([*h2o, "limit=1"], code=1))))
     assert found == [1, 2, 1, 2, 1, 2]
 

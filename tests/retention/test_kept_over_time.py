@@ -11,10 +11,11 @@ from policies.full import Full
 from policies.h2o import H2O
 from policies.oracle import Oracle
 from policies.scope import Scope
+from src.engine.engine import Engine
 from src.engine.request import Job, Request, Variant
 from src.kv.budget import SplitBudget
 from src.retention.trace import Trace, trace_path
-from src.session.trace_probe import TracingEngine
+from src.session.trace_probe import TraceProbe
 from tests.support import naive
 from tests.support.tiny import tiny, tokens
 
@@ -37,13 +38,16 @@ def traces() -> dict[str, tuple[Any, Trace]]:
         "scope_slide": Variant(Scope(), SplitBudget(12, 8)),
         "oracle": Variant(Oracle(), 20),  # a run with the full cache comes first and leaves no trace
     }
-    engine = TracingEngine(tiny("llama", torch.float64), 10, every=5)
+    probe = TraceProbe(every=5)
+    engine = Engine(tiny("llama", torch.float64), 10, [probe])
     asked = Request("x", tokens(40)[0].tolist(), frozenset(), 61)
     found = {}
     for result in engine.run([Job(asked, list(variants.values()))]):
         name = next(n for n, v in variants.items() if v is result.variant)
-        found[name] = (result, engine.trace(result))
-    assert not engine._traces  # nothing of a sample stays
+        trace = probe.take(result)
+        assert trace is not None
+        found[name] = (result, trace)
+    assert not probe.traces  # nothing of a sample stays
     return found
 
 
