@@ -15,7 +15,6 @@ from src.config.rules import check_settings
 from src.errors import InputError
 from src.kv.budget import SplitBudget, parse_budget
 from src.logs import log_to_stderr
-from src.session.session import Session, show_results
 
 
 def run(cfg: DictConfig) -> int:
@@ -30,6 +29,8 @@ def run(cfg: DictConfig) -> int:
     cell = make_cell(cfg.policy, budget)
     if isinstance(budget, SplitBudget) and not cell.variant.policy.uses_decode_budget:
         raise InputError(f"budget={budget}: {cell.label} has no decode phase of its own; valid: one number")
+    from src.session.session import Session, show_results  # torch, transformers: not before the settings are right
+
     session = Session(cfg, [cell], lanes=cfg.lanes)
     code = session.run()
     show_results(session.cells)

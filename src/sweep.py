@@ -17,7 +17,6 @@ from src.config.cells import grid
 from src.config.main import main
 from src.config.rules import check_settings
 from src.logs import log_to_stderr
-from src.session.session import Session, show_results
 
 
 def sweep(cfg: DictConfig) -> int:
@@ -26,6 +25,8 @@ def sweep(cfg: DictConfig) -> int:
     check_settings(cfg)
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     cells = grid(plain["policies"], plain["budgets"], cfg.seed)
+    from src.session.session import Session, show_results  # torch, transformers: not before the settings are right
+
     session = Session(cfg, cells, lanes=cfg.max_lanes)
     code = session.run()
     show_results(session.cells)

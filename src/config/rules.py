@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from evals.metrics import EDIT_SIMILARITIES
-from evals.suites import BROKEN_ROWS
+from evals.suites import BROKEN_ROWS, check_choice
 from evals.templates import THINKING, is_date
 from src.errors import InputError
 from src.retention.store import MODES as RETENTION
@@ -121,7 +121,7 @@ def check_settings(cfg: DictConfig, needed: tuple[str, ...] = ("model", "tasks")
         needed: groups that must be there.
 
     Raises:
-        InputError: it names the setting, its value and what would be valid.
+        InputError, DataError: it names the setting, its value and what would be valid.
     """
     plain = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(plain, dict)
@@ -143,6 +143,10 @@ def check_settings(cfg: DictConfig, needed: tuple[str, ...] = ("model", "tasks")
         else:
             if not valid(value):
                 raise InputError(f"{name}={shown(value)}: valid: {wanted}")
+    if "tasks" in plain:
+        tasks = dict(plain["tasks"])
+        suite, names, _ = tasks.pop("suite"), tasks.pop("names"), tasks.pop("data_dir")
+        check_choice(suite, names, tasks)
 
 
 def shown(value: Any) -> str:

@@ -9,7 +9,6 @@ from safetensors import SafetensorError, safe_open
 
 from policies.hcattention import HCAttention
 from src import calibrate
-from src.calibrate import fit_codebooks, sample_keys
 from src.config.binding import bind, shape_of
 from src.config.cells import CellConfig
 from src.engine.request import Variant
@@ -18,6 +17,7 @@ from src.files import cache_folder
 from src.kv.codebooks import default_path, load_codebooks, save_codebooks
 from src.kv.product import encode
 from src.kv.state import ModelShape
+from src.models.codebooks import fit_codebooks, sample_keys
 from tests.support import naive
 from tests.support.tiny import tiny, tiny_loaded, tokens
 
@@ -178,7 +178,7 @@ def small(**more: Any) -> Any:
 
 def test_where_nothing_can_be_written_is_said_before_the_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("src.models.load.load_model", lambda cfg: tiny_loaded())
-    monkeypatch.setattr(calibrate, "sample_keys", lambda *_: pytest.fail("the fit has begun"))
+    monkeypatch.setattr("src.models.codebooks.sample_keys", lambda *_: pytest.fail("the fit has begun"))
     (tmp_path / "file").write_text("x")
     for output in (tmp_path / "file" / "x", tmp_path, Path("/proc/no/x"), tmp_path / ("n" * 300)):
         with pytest.raises(InputError, match=r"output=.*valid: ") as caught:
@@ -189,7 +189,7 @@ def test_where_nothing_can_be_written_is_said_before_the_fit(tmp_path: Path, mon
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(calibrate.os, "posix_fallocate", full)
+        patch.setattr("os.posix_fallocate", full)
         with pytest.raises(InputError, match="No space left on device"):
             calibrate.make(small())
     for seed in (-1, 2**32):

@@ -78,7 +78,7 @@ def test_codebooks_that_cannot_be_written_are_refused_before_the_fit(
     def never(*_: object) -> None:
         raise AssertionError("fitted for nothing")
 
-    monkeypatch.setattr("src.calibrate.sample_keys", never)
+    monkeypatch.setattr("src.models.codebooks.sample_keys", never)
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
     local = ["model=local", f"model.path={model_folder}", "groups=4", "centroids=4"]

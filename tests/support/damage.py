@@ -24,13 +24,13 @@ from src.config.cells import CellConfig, grid
 from src.config.compose import composing
 from src.errors import InputError
 from src.records.folder import RunFolder
-from src.report.__main__ import as_numbers
 from src.report.contrasts import contrasts, retention_maps
 from src.report.formats import Table, comma_separated, markdown
 from src.report.html import page
 from src.report.kept import retention_table
 from src.report.overlap import overlap_table
 from src.report.tables import make_tables, tasks_table
+from src.report.write import as_numbers
 from src.session.session import Session
 
 GRID = ["policies=[full,h2o,snapkv,{name: hcattention, quantise_keys: false}]", "budgets=[40]", "kept_over_time=4"]
