@@ -15,31 +15,24 @@ import random
 import sys
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
-
 from evals.visible import visible
 from src.config.main import main
-from src.config.rules import check_settings
+from src.config.settings import CalibrateSettings
 from src.errors import InputError
 
 
-def make(cfg: DictConfig) -> int:
+def make(cfg: CalibrateSettings) -> int:
     """The job: fit, save, print the file."""
-    check_settings(cfg, needed=("model",))
-    if not 0 <= cfg.seed < 2**32:
-        raise InputError(f"seed={cfg.seed}: valid: 0 to {2**32 - 1}")
     from evals.pocket import passage  # torch, transformers: not before the settings are right
     from src.config.binding import shape_of
     from src.kv.codebooks import default_path, made_for, save_codebooks
     from src.models.codebooks import fit_codebooks, refuse_unwritable, sample_keys
     from src.models.load import load_model
 
-    loaded = load_model(OmegaConf.to_container(cfg.model, resolve=True))  # type: ignore[arg-type]
-    shape, tokens = shape_of(loaded), cfg.samples * cfg.sample_tokens
-    if cfg.groups < 1 or shape.head_dim % cfg.groups:
+    loaded = load_model(cfg.model)
+    shape = shape_of(loaded)
+    if shape.head_dim % cfg.groups:
         raise InputError(f"groups={cfg.groups}: does not divide the head size {shape.head_dim}; valid: a divisor of it")
-    if not 2 <= cfg.centroids <= min(tokens, 2**15):
-        raise InputError(f"centroids={cfg.centroids}: valid: 2 to {min(tokens, 2**15)} (sampled tokens, 15 bits)")
     file = Path(cfg.output).expanduser() if cfg.output else default_path(shape.name, cfg.groups, cfg.centroids)
     if os.path.exists(file) and not cfg.overwrite:
         if made_for(file, shape, cfg.groups, cfg.centroids):

@@ -19,14 +19,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from evals.visible import visible
+from src.config.cells import grid
 from src.config.main import main
-from src.config.rules import check_settings
+from src.config.settings import BenchSettings
 from src.logs import log_to_stderr
 
 
@@ -47,13 +47,13 @@ def shown(value: Any) -> str:
     return "" if value is None else f"{value:,.3f}" if isinstance(value, float) else visible(str(value))
 
 
-def bench(cfg: DictConfig) -> int:
+def bench(cfg: BenchSettings) -> int:
     log_to_stderr()
-    check_settings(cfg, needed=("model",))
+    cells = grid(cfg.policies, cfg.budgets)
     from src.bench.parts import Bench, Row  # torch, transformers: not before the settings are right
     from src.records.environment import environment
 
-    work = Bench(cfg)
+    work = Bench(cfg, cells)
     rows: list[Row] = []
     for part in cfg.parts:
         print(part, file=sys.stderr)

@@ -11,14 +11,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 
 from evals.visible import visible
 from src.bench.decode import SPARE, decode_rows
 from src.bench.peers import Peer, compare
 from src.bench.plain import Plain
 from src.config.binding import bind, shape_of
-from src.config.cells import CellConfig, grid
+from src.config.cells import CellConfig
+from src.config.settings import BenchSettings
 from src.engine.engine import Engine
 from src.engine.memory import MemoryMeter, allocated_peak
 from src.engine.request import Generation, Job, Request, Variant
@@ -28,15 +28,12 @@ Row = dict[str, Any]
 
 
 class Bench:
-    """One loaded model and the cells to compare."""
+    """One loaded model and the cells to compare, its policies still without it."""
 
-    def __init__(self, cfg: DictConfig) -> None:
+    def __init__(self, cfg: BenchSettings, cells: Sequence[CellConfig]) -> None:
         self.cfg = cfg
-        self.loaded: LoadedModel = load_model(OmegaConf.to_container(cfg.model, resolve=True))  # type: ignore[arg-type]
+        self.loaded: LoadedModel = load_model(cfg.model)
         self.model = self.loaded.model
-        cells = grid(
-            OmegaConf.to_container(cfg.policies, resolve=True), OmegaConf.to_container(cfg.budgets, resolve=True)
-        )
         self.cells = bind(cells, self.loaded)
         self.plain = Plain(self.model)
 

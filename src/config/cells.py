@@ -19,9 +19,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src.config.compose import composing, explain
-from src.config.rules import shown as as_typed
 from src.errors import InputError
 from src.kv.budget import Budget, SplitBudget, parse_budget
+from src.kv.checks import shown as as_typed
 
 if TYPE_CHECKING:
     from src.engine.request import Variant
@@ -105,8 +105,8 @@ def quoted(value: str) -> str:
     return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
-def make_cell(policy: DictConfig, budget: Budget | None, shown: str = "") -> CellConfig:
-    """The policy object and its label; `policy` is a config with `name` and `_target_`.
+def make_cell(policy: Mapping[str, Any] | DictConfig, budget: Budget | None, shown: str = "") -> CellConfig:
+    """The policy object and its label; `policy` has `name`, `_target_` and the options.
 
     Raises:
         InputError: a value that the policy does not take.
@@ -114,7 +114,8 @@ def make_cell(policy: DictConfig, budget: Budget | None, shown: str = "") -> Cel
     from src.config.targets import make_policy
     from src.engine.request import Variant
 
-    settings: dict[str, Any] = OmegaConf.to_container(policy, resolve=True)  # type: ignore[assignment]
+    plain: Any = OmegaConf.to_container(policy, resolve=True) if isinstance(policy, DictConfig) else policy
+    settings: dict[str, Any] = dict(plain)
     name = settings.pop("name", str(settings.get("_target_") or chosen_policy()).rpartition(".")[2].lower())
     if not isinstance(name, str) or not 0 < len(name) <= LONGEST_NAME or not name.isprintable():
         raise InputError(f"policy.name={as_typed(name)}: valid: a name of 1 to {LONGEST_NAME} printable characters")

@@ -9,9 +9,10 @@ if TYPE_CHECKING:
     from typing import Any
 
     from src.models.load import LoadedModel
+    from src.models.settings import ModelSettings
 
 
-def load_model(settings: Mapping[str, Any]) -> LoadedModel:
+def load_model(settings: ModelSettings | Mapping[str, Any]) -> LoadedModel:
     """Load what a `conf/model` file describes (`src.models.load`, which brings torch and transformers)."""
     from src.models.load import load_model
 

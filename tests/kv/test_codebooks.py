@@ -11,6 +11,7 @@ from policies.hcattention import HCAttention
 from src import calibrate
 from src.config.binding import bind, shape_of
 from src.config.cells import CellConfig
+from src.config.settings import read_settings
 from src.engine.request import Variant
 from src.errors import InputError
 from src.files import cache_folder
@@ -128,25 +129,21 @@ def test_their_digest_names_the_results() -> None:
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from omegaconf import OmegaConf
-
     loaded = tiny_loaded()
     monkeypatch.setattr("src.models.load.load_model", lambda cfg: loaded)
-    cfg = OmegaConf.load(calibrate.__file__.replace("src/calibrate.py", "conf/calibrate.yaml"))
-    small = OmegaConf.merge(cfg, {"model": {}, "groups": 8, "centroids": 16, "sample_tokens": 100, "jobs": 1})
-    assert calibrate.make(small) == 0  # type: ignore[arg-type]
+    assert calibrate.make(small()) == 0
     assert str(default_path("tiny-llama", 8, 16)) in capsys.readouterr().out
     assert load_codebooks(None, shape_of(loaded), 8, 16).centroids.shape == (2, 2, 8, 16, 2)
-    assert calibrate.make(small) == 0 and "there already" in capsys.readouterr().out  # type: ignore[arg-type]
+    assert calibrate.make(small()) == 0 and "there already" in capsys.readouterr().out
     with torch.no_grad():
         next(loaded.model.parameters())[0, 0] += 1  # another checkpoint of the same name: the advice must help
     with pytest.raises(InputError, match="weights="):
         load_codebooks(None, shape_of(loaded), 8, 16)
-    assert calibrate.make(small) == 0 and "there already" not in capsys.readouterr().out  # type: ignore[arg-type]
+    assert calibrate.make(small()) == 0 and "there already" not in capsys.readouterr().out
     assert load_codebooks(None, shape_of(loaded), 8, 16).centroids.shape == (2, 2, 8, 16, 2)
     for setting, value in (("groups", 5), ("centroids", 301), ("centroids", 1)):
         with pytest.raises(InputError, match=f"{setting}={value}.*valid: "):
-            calibrate.make(OmegaConf.merge(small, {setting: value}))  # type: ignore[arg-type]
+            calibrate.make(small(**{setting: value}))
 
 
 def test_another_checkpoint_of_the_same_name_and_shape_is_another_model() -> None:
@@ -173,7 +170,8 @@ def small(**more: Any) -> Any:
     from omegaconf import OmegaConf
 
     cfg = OmegaConf.load(calibrate.__file__.replace("src/calibrate.py", "conf/calibrate.yaml"))
-    return OmegaConf.merge(cfg, {"model": {}, "groups": 8, "centroids": 16, "sample_tokens": 100, "jobs": 1, **more})
+    given = {"model": {}, "groups": 8, "centroids": 16, "sample_tokens": 100, "jobs": 1, **more}
+    return read_settings("calibrate", OmegaConf.merge(cfg, given))  # type: ignore[arg-type]
 
 
 def test_where_nothing_can_be_written_is_said_before_the_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from src.compare.analysis import analyse
 from src.compare.matched import make_study
 from src.config.cells import CellConfig, grid
 from src.config.compose import composing
+from src.config.settings import read_settings
 from src.errors import InputError
 from src.records.folder import RunFolder
 from src.report.contrasts import contrasts, retention_maps
@@ -158,7 +159,7 @@ class Command:
         same_machine = mock.patch("src.session.session.environment", return_value=ENVIRONMENT)
         with warnings_of_ours() as said, contextlib.redirect_stderr(error), no_picture, same_machine:
             try:
-                code = Session(cfg, self.cells, lanes=8).run()  # type: ignore[arg-type]
+                code = Session(read_settings("sweep", cfg), self.cells, lanes=8).run()  # type: ignore[arg-type]
             except (InputError, DataError) as refused:
                 code = 2
                 said.append(str(refused))
