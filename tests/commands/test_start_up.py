@@ -19,6 +19,8 @@ WRONG = {
     "run tasks.names=[foo]": "tasks.names=foo",
     "run +tasks.reference_rows=true": "tasks.reference_rows",
     "run wandb.mode=foo": "wandb.mode=foo",
+    "run model.dtype=int8": "model.dtype=int8",
+    "run model=random model.like=foo": "model.like=foo",
     "run experiment=demo": "policies=",
     "sweep policies=[foo]": "policy=foo",
     "sweep policies=[{name:snapkv,kernl:1}]": "'kernl'",
