@@ -7,6 +7,8 @@ one prediction and one reference and returns 0..1; `score_sample` takes the best
 cent.
 """
 
+from __future__ import annotations
+
 import difflib
 import logging
 import re
@@ -14,14 +16,17 @@ import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import jieba
 from rapidfuzz.distance import Indel
 from rouge import Rouge
-from rouge_score.rouge_scorer import RougeScorer
 
 from evals import longgen_metrics
 from evals.tasks import Task
+
+if TYPE_CHECKING:
+    from rouge_score.rouge_scorer import RougeScorer
 
 EDIT_SIMILARITIES = ("levenshtein", "difflib")
 ROUGE_EXTRAS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
@@ -209,4 +214,6 @@ def extra_scores(task: Task, prediction: str, answers: Sequence[str]) -> dict[st
 
 @lru_cache(maxsize=1)
 def google_rouge() -> RougeScorer:
+    from rouge_score.rouge_scorer import RougeScorer  # brings NLTK and scikit-learn: seconds
+
     return RougeScorer(list(ROUGE_EXTRAS), use_stemmer=True)

@@ -5,6 +5,8 @@ into datetime objects, and reports a broken row without its line. Lines are pars
 `Dataset` with explicit types.
 """
 
+from __future__ import annotations
+
 import json
 import re
 import string
@@ -12,24 +14,13 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
-
-from datasets import Dataset, Features, List, Value
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from evals.errors import DataError
 from evals.tasks import Sample, Task
 
-FEATURES = Features(
-    {
-        "_id": Value("string"),
-        "input": Value("large_string"),
-        "context": Value("large_string"),
-        "answers": List(Value("large_string")),
-        "all_classes": List(Value("string")),
-        "length": Value("int64"),
-        "error": Value("string"),  # why the row has no content; null for all others
-    }
-)
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 LARGEST_LENGTH = 2**63 - 1  # what the column holds
 
@@ -110,7 +101,7 @@ def some_texts(value: Any) -> bool:
 
 
 def longbench_row(place: str, index: int, row: Mapping[str, Any]) -> dict[str, Any]:
-    """One checked row in the shape of FEATURES. Fields that only describe the row may be absent."""
+    """One checked row in the shape of `as_dataset`. Fields that only describe the row may be absent."""
     classes, length = row.get("all_classes"), row.get("length")
     if classes is not None and not texts(classes):
         raise DataError(f"{place}: field 'all_classes' must be a list of strings or null")
@@ -142,7 +133,21 @@ def failed_row(row: Broken) -> dict[str, Any]:
 
 
 def as_dataset(rows: Sequence[Mapping[str, Any]]) -> Dataset:
-    return Dataset.from_list([{name: row.get(name) for name in FEATURES} for row in rows], features=FEATURES)
+    """Rows as `longbench_row` and `failed_row` give them."""
+    from datasets import Dataset, Features, List, Value  # takes a second, which no other use of this file shall
+
+    features = Features(
+        {
+            "_id": Value("string"),
+            "input": Value("large_string"),
+            "context": Value("large_string"),
+            "answers": List(Value("large_string")),
+            "all_classes": List(Value("string")),
+            "length": Value("int64"),
+            "error": Value("string"),  # why the row has no content; null for all others
+        }
+    )
+    return Dataset.from_list([{name: row.get(name) for name in features} for row in rows], features=features)
 
 
 def parse_format(prompt_format: str) -> list[tuple[str, str | None]]:

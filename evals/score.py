@@ -8,14 +8,14 @@ scorer does, where `<task>_by_number` is the corrected score (see longgen_metric
 stderr for bad input.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from evals import longbench, longgenbench, pocket
+from evals.arguments import OneLineParser
 from evals.errors import DataError
 from evals.metrics import EDIT_SIMILARITIES, extra_scores, unit_score
 from evals.rows import check_field, is_text, read_lines, texts
@@ -106,13 +106,8 @@ def prediction_row(place: str, row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise DataError(f"{message} (python -m evals.score --help)")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = _Parser(prog="python -m evals.score", description=(__doc__ or "").split("\n")[0])
+    parser = OneLineParser("python -m evals.score", DataError, (__doc__ or "").split("\n")[0])
     parser.add_argument("folder", metavar="DIR", type=Path, help="folder with one <task>.jsonl per task")
     parser.add_argument(
         "--edit-similarity",

@@ -13,6 +13,11 @@ from evals.tasks import Sample
 log = logging.getLogger(__name__)
 
 BROKEN_ROWS = ("refuse", "record")  # what becomes of a malformed row: nothing is loaded | a sample that has failed
+OPTIONS = {  # a suite's own settings: the further keys of conf/tasks/*.yaml
+    "pocket": (),
+    "longbench": ("config_dir", "config_url", "hub_repo", "hub_revision"),
+    "longgenbench": ("reference_rows", "source_url"),
+}
 
 
 def load_samples(
@@ -27,7 +32,7 @@ def load_samples(
     """The samples of the named tasks (all of the suite without names), at most `limit` a task.
 
     Samples come in the order of the files, so a larger limit extends a smaller one. `seed` matters to `pocket` only,
-    whose samples are generated. `options` are the suite's own further settings (the other keys of conf/tasks/*.yaml).
+    whose samples are generated. `options` are the suite's own further settings (`OPTIONS`).
 
     Rows of a task that share an id are samples of their own, equal rows too, as in the benchmarks' own scoring. In the
     order of the file they are called `id`, `id#2`, `id#3`, ... (see `distinct`).
@@ -39,15 +44,13 @@ def load_samples(
         raise DataError(f"limit={limit}: must be 1 or more, or null for every sample")
     if broken not in BROKEN_ROWS:
         raise DataError(f"broken_rows={broken}: valid: {', '.join(BROKEN_ROWS)}")
-    chosen = choose_names(suite, names)
+    chosen = check_choice(suite, names, options)
     if suite == "pocket":
-        samples = pocket.load(chosen, limit, seed, **known(suite, options, ()))
+        samples = pocket.load(chosen, limit, seed)
     elif suite.startswith("longbench"):
-        settings = known(suite, options, ("config_dir", "config_url", "hub_repo", "hub_revision"))
-        samples = longbench.load(chosen, limit, data_dir, broken=broken, **settings)
+        samples = longbench.load(chosen, limit, data_dir, broken=broken, **options)
     else:
-        settings = known(suite, options, ("reference_rows", "source_url"))
-        samples = longgenbench.load(chosen, limit, data_dir, broken=broken, **settings)
+        samples = longgenbench.load(chosen, limit, data_dir, broken=broken, **options)
     return [with_prompt(sample, broken) for sample in distinct(samples)]
 
 
@@ -86,12 +89,18 @@ def with_prompt(sample: Sample, broken: str) -> Sample:
     return replace(sample, error=error)
 
 
-def known(suite: str, options: Mapping[str, Any], valid: tuple[str, ...]) -> dict[str, Any]:
-    """The options, or an error that names the one that this suite does not have."""
+def check_choice(suite: str, names: list[str] | None, options: Mapping[str, Any]) -> list[str]:
+    """The tasks that these settings mean. Nothing is read for it.
+
+    Raises:
+        DataError: no such suite or task, or a setting that this suite does not have.
+    """
+    chosen = choose_names(suite, names)
+    valid = OPTIONS[suite.partition("_")[0]]
     for name in options:
         if name not in valid:
             raise DataError(f"tasks.{name}: no setting of suite {suite}; it has {', '.join(valid) or 'none'}")
-    return dict(options)
+    return chosen
 
 
 def choose_names(suite: str, names: list[str] | None) -> list[str]:

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_type_hints
 
 import torch
 from torch import Tensor
 
 from src.kv.cache import LayerCache
+from src.kv.checks import check
 from src.kv.contract import check_recent, check_scores
 from src.kv.position import log_slope, octave_means
 from src.kv.state import ModelShape, State
@@ -173,23 +174,6 @@ class Policy(ABC):
     def measures(self, states: list[State], lane: int) -> dict[str, Any]:
         """Numbers (JSON) to record about a finished lane, from its states, one per layer."""
         return {}
-
-
-def check(name: str, value: Any, kind: Any) -> None:
-    """Raise ValueError unless `value` is one of a Literal's, or a sensible bool, int or float."""
-    if get_origin(kind) is Literal:
-        valid = value in get_args(kind)
-        wanted = ", ".join(str(choice) for choice in get_args(kind))
-    elif kind is bool:
-        valid, wanted = isinstance(value, bool), "true, false"
-    elif kind is int:
-        valid, wanted = type(value) is int and value >= 0, "a whole number, 0 or more"
-    elif kind is float:
-        valid, wanted = type(value) in (int, float) and value >= 0, "a number, 0 or more"
-    else:
-        return
-    if not valid:
-        raise ValueError(f"{name}={value}: valid: {wanted}")
 
 
 def keep_all(prompt: PromptAttention) -> Tensor:

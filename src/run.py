@@ -7,29 +7,22 @@ from __future__ import annotations
 
 import sys
 
-from omegaconf import DictConfig
-
 from src.config.cells import make_cell
 from src.config.main import main
-from src.config.rules import check_settings
+from src.config.settings import RunSettings
 from src.errors import InputError
-from src.kv.budget import SplitBudget, parse_budget
+from src.kv.budget import SplitBudget
 from src.logs import log_to_stderr
-from src.session.session import Session, show_results
 
 
-def run(cfg: DictConfig) -> int:
+def run(cfg: RunSettings) -> int:
     """The job: returns the exit code and prints the results folder as the last line."""
     log_to_stderr()
-    check_settings(cfg)
-    if "policies" in cfg:  # an experiment made for sweeps; a single cell of it would pass for all
-        raise InputError(
-            f"policies={cfg.policies}: a run has one policy; valid: python -m src.sweep with the same settings"
-        )
-    budget = parse_budget(cfg.budget)
-    cell = make_cell(cfg.policy, budget)
-    if isinstance(budget, SplitBudget) and not cell.variant.policy.uses_decode_budget:
-        raise InputError(f"budget={budget}: {cell.label} has no decode phase of its own; valid: one number")
+    cell = make_cell(cfg.policy, cfg.budget)
+    if isinstance(cfg.budget, SplitBudget) and not cell.variant.policy.uses_decode_budget:
+        raise InputError(f"budget={cfg.budget}: {cell.label} has no decode phase of its own; valid: one number")
+    from src.session.session import Session, show_results  # torch, transformers: not before the settings are right
+
     session = Session(cfg, [cell], lanes=cfg.lanes)
     code = session.run()
     show_results(session.cells)

@@ -9,23 +9,19 @@ See conf/sweep.yaml for every setting, or `python -m src.sweep --help`.
 from __future__ import annotations
 
 import sys
-from typing import Any
-
-from omegaconf import DictConfig, OmegaConf
 
 from src.config.cells import grid
 from src.config.main import main
-from src.config.rules import check_settings
+from src.config.settings import SweepSettings
 from src.logs import log_to_stderr
-from src.session.session import Session, show_results
 
 
-def sweep(cfg: DictConfig) -> int:
+def sweep(cfg: SweepSettings) -> int:
     """The job: returns the exit code and prints the folder of all cells' results as the last line."""
     log_to_stderr()
-    check_settings(cfg)
-    plain: Any = OmegaConf.to_container(cfg, resolve=True)
-    cells = grid(plain["policies"], plain["budgets"], cfg.seed)
+    cells = grid(cfg.policies, cfg.budgets, cfg.seed)
+    from src.session.session import Session, show_results  # torch, transformers: not before the settings are right
+
     session = Session(cfg, cells, lanes=cfg.max_lanes)
     code = session.run()
     show_results(session.cells)

@@ -30,6 +30,7 @@ from src.errors import InputError
 from src.retention.store import Kept, kept_sample
 from src.study import __main__ as reference
 from src.study import lab
+from src.study.collect import TABLES, collect
 from src.study.retention_tables import DECILES, drifted, kept_figures, ratio_interval
 from src.sweep import sweep
 from tests.support.synthetic_runs import record, write_run
@@ -183,7 +184,7 @@ def test_pairs_are_in_step_and_without_outputs(path: Path) -> None:
 
 
 def test_tables_agree_with_metrics_json(root: Path) -> None:
-    tables, study = reference.collect([root / "bias_study"], baseline="ahakv")
+    tables, study = collect([root / "bias_study"], baseline="ahakv")
     cells = tables["cells"].set_index(["policy", "options", "task"])
     for run in study.runs:
         options = run.label.removeprefix(run.policy).strip()
@@ -231,7 +232,7 @@ def test_written_tables_come_back_and_say_how_they_were_made(root: Path, tmp_pat
     assert reference.main(arguments) == 0
     again = lab.load("ahakv_ablation", tmp_path)
     direct = lab.load("ahakv_ablation", root, baseline="ahakv")
-    for name in reference.TABLES:
+    for name in TABLES:
         pd.testing.assert_frame_equal(getattr(again, name), getattr(direct, name), check_dtype=False, rtol=1e-4)
     text = (out / "README.md").read_text()
     assert "    python -m x a=1\n    python -m src.study" in text
@@ -242,12 +243,12 @@ def test_written_tables_come_back_and_say_how_they_were_made(root: Path, tmp_pat
 def test_short_prompts_are_left_out(tmp_path: Path) -> None:
     rows = [record("qasper", i, float(i), 64, n=100 + i) for i in range(8)]
     write_run(tmp_path, "snapkv", 64, rows)
-    cells = reference.collect([tmp_path], min_prompt=105)[0]["cells"].set_index("task")
+    cells = collect([tmp_path], min_prompt=105)[0]["cells"].set_index("task")
     assert cells.loc["all", "n"] == 3
     assert cells.loc["all", "score"] == pytest.approx(6)
     assert cells.loc["all", "prompt_tokens"] == pytest.approx(106)
     with pytest.raises(InputError, match="--min-prompt 200: no sample is that long; the longest has 107"):
-        reference.collect([tmp_path], min_prompt=200)
+        collect([tmp_path], min_prompt=200)
 
 
 def test_kept_figures_by_hand() -> None:
@@ -361,7 +362,7 @@ def test_verdicts() -> None:
 
 
 def test_the_intervals_are_those_of_the_statistics_module(root: Path) -> None:
-    tables, study = reference.collect([root / "bias_study"])
+    tables, study = collect([root / "bias_study"])
     column = next(i for i, run in enumerate(study.runs) if run.label == "snapkv")
     interval = bootstrap_intervals(study.scores[:, [column]], study.task_of)[0]
     row = tables["cells"].query("policy == 'snapkv' and options == '' and task == 'all'").iloc[0]

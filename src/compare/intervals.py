@@ -26,7 +26,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm, t
 
 from src.errors import InputError
 
@@ -85,6 +84,8 @@ def bootstrap_intervals(
     Columns that miss the same samples share their draws. A column of paired differences gets the paired
     interval: resampling pairs is resampling their differences.
     """
+    from scipy.stats import norm, t  # as long to import as all else that `python -m src.report --help` needs
+
     estimates, (errors, freedom) = macro_mean(values, tasks), macro_stderr(values, tasks)
     counts = (~np.isnan(values)).sum(axis=0)
     low, high = np.full(values.shape[1], np.nan), np.full(values.shape[1], np.nan)

@@ -1,11 +1,15 @@
-"""Cells: one policy at one budget, made out of the settings; a sweep's grid of them."""
+"""Cells: one policy at one budget, made out of the settings; a sweep's grid of them.
+
+A policy's class brings torch, which takes seconds; it is imported when the first cell is made, after everything that
+can be checked without it.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from hydra import compose
@@ -15,11 +19,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src.config.compose import composing, explain
-from src.config.rules import shown as as_typed
-from src.config.targets import make_policy
-from src.engine.request import Variant
 from src.errors import InputError
 from src.kv.budget import Budget, SplitBudget, parse_budget
+from src.kv.checks import shown as as_typed
+
+if TYPE_CHECKING:
+    from src.engine.request import Variant
 
 LONGEST_NAME = 100  # characters of a policy's name: it is part of file names
 
@@ -100,13 +105,17 @@ def quoted(value: str) -> str:
     return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
-def make_cell(policy: DictConfig, budget: Budget | None, shown: str = "") -> CellConfig:
-    """The policy object and its label; `policy` is a config with `name` and `_target_`.
+def make_cell(policy: Mapping[str, Any] | DictConfig, budget: Budget | None, shown: str = "") -> CellConfig:
+    """The policy object and its label; `policy` has `name`, `_target_` and the options.
 
     Raises:
         InputError: a value that the policy does not take.
     """
-    settings: dict[str, Any] = OmegaConf.to_container(policy, resolve=True)  # type: ignore[assignment]
+    from src.config.targets import make_policy
+    from src.engine.request import Variant
+
+    plain: Any = OmegaConf.to_container(policy, resolve=True) if isinstance(policy, DictConfig) else policy
+    settings: dict[str, Any] = dict(plain)
     name = settings.pop("name", str(settings.get("_target_") or chosen_policy()).rpartition(".")[2].lower())
     if not isinstance(name, str) or not 0 < len(name) <= LONGEST_NAME or not name.isprintable():
         raise InputError(f"policy.name={as_typed(name)}: valid: a name of 1 to {LONGEST_NAME} printable characters")
@@ -136,18 +145,18 @@ def grid(policies: Any, budgets: Any, seed: int = 0) -> list[CellConfig]:
             )
     if not policies:
         raise InputError("policies=[]: the grid is empty; valid: at least one policy")
+    parsed = [(given, parse_budget(given)) for given in budgets]
     cells: list[CellConfig] = []
-    for spec in policies:
-        policy = policy_config(spec, seed)
+    for spec, policy in [(spec, policy_config(spec, seed)) for spec in policies]:
         options = [] if isinstance(spec, str) else [f"{k}={v}" for k, v in spec.items() if k != "name"]
         shown = " ".join([str(policy.name), *options])
         single = not make_cell(policy, 1 << 30).variant.policy.uses_budget
         if not budgets and not single:
             raise InputError(f"budgets=[]: the grid is empty; valid: at least one budget for {shown}")
-        for budget in [None] if single else budgets:
-            cell = make_cell(policy, None if single else parse_budget(budget), shown)
+        for given, budget in [(None, None)] if single else parsed:
+            cell = make_cell(policy, budget, shown)
             what = (cell.variant.policy, cell.variant.budget)
             if any(what == (other.variant.policy, other.variant.budget) for other in cells):
-                raise InputError(f"policies, budgets: the cell {shown}, budget {budget} is listed twice; valid: once")
+                raise InputError(f"policies, budgets: the cell {shown}, budget {given} is listed twice; valid: once")
             cells.append(cell)
     return cells

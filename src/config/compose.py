@@ -16,7 +16,7 @@ from evals.suites import task_names
 from evals.visible import reason
 from src.config.cluster import EXTRAS
 from src.config.command_line import GROUPS, unreadable
-from src.config.rules import RULES
+from src.config.settings import wanted
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
@@ -71,8 +71,8 @@ def explain(error: Exception, config_name: str, arguments: list[str]) -> str:
     if not name:
         return message
     given = next((a for a in reversed(arguments) if a.lstrip("+").startswith(f"{name}=")), name)
-    wanted = RULES[name][1] if name in RULES else LISTS.get(name, "")
-    return f"{given}: {message if not wanted else 'not of this kind'}" + (f"; valid: {wanted}" if wanted else "")
+    valid = LISTS.get(name) or wanted(name)
+    return f"{given}: {message if not valid else 'not of this kind'}" + (f"; valid: {valid}" if valid else "")
 
 
 def valid_keys(config_name: str, parent: str, arguments: list[str]) -> str:

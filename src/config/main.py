@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import hydra
 import yaml
@@ -20,14 +21,19 @@ from src.config.cluster import Outcome, distributed, report, run_job
 from src.config.command_line import check_arguments, only_known_targets
 from src.config.compose import CONF, explain, register_tasks
 from src.config.help import register_help
+from src.config.settings import read_settings
 from src.errors import InputError
 from src.files import no_room
 
 INTERRUPTED = 130  # the exit code of whatever Ctrl-C has ended
 
 
-def main(config_name: str, job: Callable[[DictConfig], int]) -> int:
+def main(config_name: str, job: Callable[[Any], int]) -> int:
     """Run `job` under Hydra, once or for `-m` many times, and turn what goes wrong into one line on stderr.
+
+    Args:
+        config_name: a file of conf/.
+        job: takes what `src.config.settings.STAGES` has under that name; gives an exit code.
 
     Returns:
         The exit code, the largest of all jobs': 0, 1 (samples failed), 2 (a setting or an input is wrong).
@@ -38,16 +44,19 @@ def main(config_name: str, job: Callable[[DictConfig], int]) -> int:
     codes: list[int] = []
     begun: list[DictConfig] = []
 
+    def with_settings(cfg: DictConfig) -> int:
+        return job(read_settings(config_name, cfg))
+
     def collect(cfg: DictConfig) -> int | Outcome:
         begun.append(cfg)
         if HydraConfig.get().mode == RunMode.MULTIRUN:
-            outcome = run_job(job, cfg)
+            outcome = run_job(with_settings, cfg)
             if distributed():
                 return outcome  # to the launcher, in the process that the user started
             codes.append(report([HydraConfig.get().job.override_dirname.replace(",", " ")], outcome))
         else:
             try:
-                codes.append(job(cfg))
+                codes.append(with_settings(cfg))
             except (InputError, DataError) as error:
                 codes.append(complain(str(error)))
             except OmegaConfBaseException as error:

@@ -8,9 +8,10 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from evals.errors import DataError
 from evals.prompts import wrap_in_chat
-from evals.templates import DATE, THINKING, ChatTemplate, is_date, read_template, template_settings
+from evals.templates import DATE, ChatTemplate, read_template, template_settings
 from evals.thoughts import mentions_thoughts
 from src.errors import InputError
+from src.models.settings import ModelSettings
 
 
 @dataclass(frozen=True)
@@ -32,21 +33,21 @@ class ChatForm:
     settings: dict[str, str] = field(default_factory=dict)
 
 
-def chat_form(tokenizer: Tokenizer, cfg: Mapping[str, Any], name: str) -> ChatForm:
-    """Fill the template in once. `cfg` is a `conf/model` file's content, `name` the model's.
+def chat_form(tokenizer: Tokenizer, model: ModelSettings, name: str) -> ChatForm:
+    """Fill the template in once.
+
+    Args:
+        name: what messages call the model.
 
     Raises:
-        InputError: the template is broken, or loses the user's message; or `thinking` or `date` is not valid.
+        InputError: the template is broken, or loses the user's message.
     """
-    thinking, date = thinking_mode(cfg["thinking"]), cfg["date"]
-    if not is_date(date):
-        raise InputError(f"model.date={date}: valid: a date as YYYY-MM-DD")
-    given = dict(cfg["template_kwargs"] or {})
+    thinking, date, given = model.thinking, model.date, dict(model.template_kwargs)
     try:
         wrap_in_chat("a question", 0, tokenizer, given, thinking, date)
         template = read_template(tokenizer.get_chat_template())
     except DataError as error:
-        where = "model.chat_template" if cfg["chat_template"] else f"model {name}"
+        where = "model.chat_template" if model.chat_template else f"model {name}"
         filled = f" filled in with model.template_kwargs={given}" if given else ""
         raise InputError(
             f"{where}: {error}{filled}; valid: model.chat_template=<a Jinja template that writes the user's message>"
@@ -65,12 +66,3 @@ def thinking_note(template: ChatTemplate, kwargs: Mapping[str, Any], thinking: s
         return ""
     switches = [f"{name}={str(kwargs[name]).lower()}" for name in template.off_switch if name in kwargs]
     return f"{thinking}: {', '.join(switches) or 'no switch passed'}"
-
-
-def thinking_mode(value: Any) -> str:
-    """`off` or `keep`; YAML reads a bare `off` as false."""
-    if value is False:
-        return "off"
-    if value not in THINKING:
-        raise InputError(f"model.thinking={value}: valid: {', '.join(THINKING)}")
-    return str(value)

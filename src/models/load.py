@@ -5,12 +5,11 @@ Weights are read from safetensors only (or an unpacked GGUF file): no pickle is 
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
@@ -18,20 +17,12 @@ from transformers.utils import logging as transformers_logging
 from src.engine.layer_kinds import TextLengths, check_kinds, check_lengths, text_limits
 from src.errors import InputError
 from src.files import cache_folder
-from src.models.chat import ChatForm, chat_form, thinking_mode
+from src.models.chat import ChatForm, chat_form
+from src.models.device import choose_device, choose_dtype
 from src.models.embedded import package_file, unpacked
 from src.models.fingerprint import ModelFiles, digest_of
 from src.models.self_check import check_once
-from src.models.settings import (
-    as_dict,
-    choose_device,
-    choose_dtype,
-    context_length,
-    model_name,
-    model_names,
-    prompt_limit,
-    read_yaml,
-)
+from src.models.settings import ModelSettings, context_length, model_name, prompt_limit, read_yaml
 from src.models.weights import find_weights, load_config, load_tokenizer, load_weights
 
 log = logging.getLogger(__name__)
@@ -73,39 +64,39 @@ class LoadedModel:
         return [i % self.vocab_size for i in ids]
 
 
-def load_model(cfg: Mapping[str, Any] | DictConfig) -> LoadedModel:
-    """Load what a `conf/model` file describes. Keys left out have the values of `_base.yaml`."""
-    settings = {**read_yaml("_base"), **as_dict(cfg)}
+def load_model(given: ModelSettings | Mapping[str, Any]) -> LoadedModel:
+    """Load what a `conf/model` file describes; of a plain mapping, keys left out have the values of `_base.yaml`."""
+    settings = given if isinstance(given, ModelSettings) else ModelSettings.of(given)
     transformers_logging.disable_progress_bar()
     name = model_name(settings)
-    device = choose_device(str(settings["device"]))
-    dtype = choose_dtype(str(settings["dtype"]), device)
+    device = choose_device(str(settings.device))
+    dtype = choose_dtype(str(settings.dtype), device)
     files: ModelFiles | None = None
-    if settings["like"]:
-        model, tokenizer, settings = build_random(settings, dtype, device)
-        source = f"random weights in the shape of {settings['like']}"
-        fingerprint = str(settings["fingerprint"])
+    if settings.like:
+        settings = with_limits_of(settings, settings.like)
+        model, tokenizer, fingerprint = build_random(settings, dtype, device)
+        source = f"random weights in the shape of {settings.like}"
     else:
         files, source = find_weights(settings)
         folder, fingerprint = files.folder, files.fingerprint
-        tokenizer = load_tokenizer(folder, bool(settings["trust_remote_code"]))
-        config = load_config(folder, bool(settings["trust_remote_code"]))
+        tokenizer = load_tokenizer(folder, settings.trust_remote_code)
+        config = load_config(folder, settings.trust_remote_code)
         check_config(config, settings, folder)
-        model = load_weights(folder, dtype, device, bool(settings["trust_remote_code"]))
+        model = load_weights(folder, dtype, device, settings.trust_remote_code)
         files.refuse(files.changed())
     model.eval().requires_grad_(False)
-    if settings["chat_template"]:
-        tokenizer.chat_template = settings["chat_template"]
-    if settings["chat"] and not tokenizer.chat_template:
+    if settings.chat_template:
+        tokenizer.chat_template = settings.chat_template
+    if settings.chat and not tokenizer.chat_template:
         raise InputError(
             f"model.chat=true: the tokenizer of {name} has no chat template; "
             "set model.chat=false (a base model) or model.chat_template"
         )
-    form = ChatForm(dict(settings["template_kwargs"] or {}), thinking_mode(settings["thinking"]))
-    if settings["chat"]:
+    form = ChatForm(dict(settings.template_kwargs), settings.thinking)
+    if settings.chat:
         form = chat_form(tokenizer, settings, name)
     context = context_length(settings, model.config)
-    limit = prompt_limit(settings["max_prompt_tokens"], context)
+    limit = prompt_limit(settings.max_prompt_tokens, context)
     check_lengths(TextLengths.of(model).limits, limit)
     self_check(model, settings)
     return LoadedModel(
@@ -113,13 +104,13 @@ def load_model(cfg: Mapping[str, Any] | DictConfig) -> LoadedModel:
         tokenizer=tokenizer,
         name=name,
         # Random weights never mean to stop, and a run that times them should not stop by chance.
-        stop_ids=frozenset() if settings["like"] else stop_ids(model, tokenizer, settings["stop_tokens"]),
+        stop_ids=frozenset() if settings.like else stop_ids(model, tokenizer, settings.stop_tokens),
         max_prompt_tokens=limit,
         context_length=context,
-        random_weights=bool(settings["like"]),
+        random_weights=bool(settings.like),
         dtype=dtype,
         device=device,
-        chat=bool(settings["chat"]),
+        chat=settings.chat,
         form=form,
         source=source,
         fingerprint=fingerprint,
@@ -149,50 +140,45 @@ def stop_ids(model: PreTrainedModel, tokenizer: Tokenizer, stop_tokens: Sequence
 # ---- weights -------------------------------------------------------------------------------------------
 
 
-def check_config(config: PreTrainedConfig, settings: Mapping[str, Any], folder: Path) -> None:
+def check_config(config: PreTrainedConfig, settings: ModelSettings, folder: Path) -> None:
     """Refuse what cannot be served before its weights are read."""
     try:
         check_kinds(config)
     except InputError as error:
         raise InputError(f"{folder}: {error}") from None
-    limit = prompt_limit(settings["max_prompt_tokens"], context_length(settings, config))
+    limit = prompt_limit(settings.max_prompt_tokens, context_length(settings, config))
     check_lengths(text_limits(config), limit)
 
 
-def self_check(model: PreTrainedModel, settings: Mapping[str, Any]) -> None:
+def self_check(model: PreTrainedModel, settings: ModelSettings) -> None:
     """The full cache against the plain model (`src.models.self_check`), or a look at the layers only."""
     # Random weights mean nothing, and with billions of them a CPU would need minutes.
-    huge = settings["like"] and model.device.type == "cpu" and model.num_parameters() > 1e9
+    huge = settings.like and model.device.type == "cpu" and model.num_parameters() > 1e9
     try:
-        check_once(model, cache_folder() / "self-check", compare=bool(settings["self_check"]) and not huge)
+        check_once(model, cache_folder() / "self-check", compare=settings.self_check and not huge)
     except InputError as error:
         raise InputError(f"{model_name(settings)}: {error}") from None
 
 
-def build_random(
-    settings: dict[str, Any], dtype: torch.dtype, device: torch.device
-) -> tuple[PreTrainedModel, Tokenizer, dict[str, Any]]:
-    """Another model's real shape and limits with random weights and a borrowed tokenizer."""
-    like = str(settings["like"])
-    shaped = [name for name in model_names() if read_yaml(name).get("shape")]
-    if like not in shaped:
-        raise InputError(f"model.like={like}: no such shape; valid: {', '.join(shaped)}")
+def with_limits_of(settings: ModelSettings, like: str) -> ModelSettings:
+    """The context and the longest prompt of the model whose shape is borrowed, where the settings say nothing."""
     original = read_yaml(like)
-    shape = dict(settings["shape"] or original["shape"])
-    if settings["layers"] is not None:
-        layers = settings["layers"]
-        if not isinstance(layers, int) or not 1 <= layers <= shape["num_hidden_layers"]:
-            raise InputError(
-                f"model.layers={layers}: valid are 1 to {shape['num_hidden_layers']}, or null for all of them"
-            )
-        shape["num_hidden_layers"] = layers
-    borrowed = unpacked(package_file(str(settings["package_file"])))
+    return replace(
+        settings,
+        context_length=settings.context_length or original.get("context_length"),
+        max_prompt_tokens=settings.max_prompt_tokens or original.get("max_prompt_tokens"),
+    )
+
+
+def build_random(
+    settings: ModelSettings, dtype: torch.dtype, device: torch.device
+) -> tuple[PreTrainedModel, Tokenizer, str]:
+    """Another model's real shape with random weights, a borrowed tokenizer, and the fingerprint of both."""
+    shape = settings.random_shape()
+    borrowed = unpacked(package_file(str(settings.package_file)))
     tokenizer = load_tokenizer(borrowed.folder)
-    settings["fingerprint"] = digest_of([shape, borrowed.fingerprint])
-    for key in ("context_length", "max_prompt_tokens"):
-        settings[key] = settings[key] or original.get(key)
     config = AutoConfig.for_model(**shape)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return model, tokenizer, settings
+    return model, tokenizer, digest_of([shape, borrowed.fingerprint])

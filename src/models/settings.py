@@ -1,18 +1,88 @@
-"""The settings of a model, before anything of it is loaded: its name, device, precision and limits."""
+"""The settings of a model, before anything of it is loaded: conf/model. Light: torch comes when a model is loaded."""
+
+from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
-from omegaconf import DictConfig, OmegaConf
-from transformers import PreTrainedConfig
+import yaml
 
-from evals.visible import reason
+from evals.templates import THINKING, is_date
 from src.errors import InputError
+from src.kv.checks import Rule, check_fields, one_of, shown, text, texts, whole
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "model"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = ("float32", "bfloat16", "float16")
+MAPPING = Rule(lambda value: isinstance(value, dict), "a mapping, e.g. {enable_thinking: false}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """A `conf/model` file; `_base.yaml` explains every key.
+
+    Raises:
+        InputError: a value that is not of its kind, or does not go with the others.
+    """
+
+    name: Annotated[str | None, text("the path's last part")]
+    hub_id: str | None
+    path: str | None
+    revision: str
+    package_file: str | None
+    like: str | None
+    layers: int | None
+    dtype: str
+    device: str
+    stop_tokens: Annotated[list[str], texts()]
+    context_length: Annotated[int | None, whole(2, "what the model's config says")]
+    max_prompt_tokens: Annotated[int | None, whole(2, "derived from the context length")]
+    chat: bool
+    chat_template: Annotated[str | None, text("the tokenizer's own")]
+    template_kwargs: Annotated[dict[str, Any], MAPPING]
+    thinking: Annotated[str, one_of(THINKING)]
+    date: Annotated[str, Rule(is_date, "a date as YYYY-MM-DD")]
+    self_check: bool
+    trust_remote_code: bool
+    shape: dict[str, Any] | None
+
+    def __post_init__(self) -> None:
+        if self.layers is not None and not self.like:
+            raise InputError(f"model.layers={shown(self.layers)}: only with model=random; valid: null")
+        check_fields(self, "model.")
+        if str(self.dtype) not in ("auto", *DTYPES):
+            raise InputError(f"model.dtype={self.dtype}: valid are auto, {', '.join(DTYPES)}")
+        if self.like:
+            self.random_shape()
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> ModelSettings:
+        """Keys left out have the values of `_base.yaml`; keys of no field are not looked at."""
+        whole = {**read_yaml("_base"), **given}
+        if whole["thinking"] is False:
+            whole["thinking"] = "off"  # as YAML reads a bare `off`
+        return cls(**{setting.name: whole[setting.name] for setting in fields(cls)})
+
+    def random_shape(self) -> dict[str, Any]:
+        """What transformers' config is made of where the weights are random.
+
+        Raises:
+            InputError: `like` is no model here with a shape, or the shape has not so many layers.
+        """
+        shapes = {name: found for name in model_names() if (found := read_yaml(name).get("shape"))}
+        if self.like not in shapes:
+            raise InputError(f"model.like={self.like}: no such shape; valid: {', '.join(shapes)}")
+        shape = dict(self.shape or shapes[self.like])
+        if self.layers is not None:
+            most = shape["num_hidden_layers"]
+            if not isinstance(self.layers, int) or not 1 <= self.layers <= most:
+                raise InputError(f"model.layers={self.layers}: valid are 1 to {most}, or null for all of them")
+            shape["num_hidden_layers"] = self.layers
+        return shape
 
 
 def model_names() -> list[str]:
@@ -21,59 +91,31 @@ def model_names() -> list[str]:
 
 
 def model_settings(name: str, **overrides: Any) -> dict[str, Any]:
-    """The settings of one `conf/model` file with its base, for callers without Hydra."""
+    """The content of one `conf/model` file with its base, for callers without Hydra."""
     if name not in model_names():
         raise InputError(f"model={name}: unknown model; valid: {', '.join(model_names())}")
     return {**read_yaml("_base"), **read_yaml(name), **overrides}
 
 
-def model_name(cfg: Mapping[str, Any] | DictConfig) -> str:
+def model_name(settings: ModelSettings) -> str:
     """The name in folders and tables: known before anything is loaded. Random weights show in it."""
-    settings = as_dict(cfg)
-    if settings.get("name"):
-        return str(settings["name"])
-    if settings.get("like"):
-        layers = f"-{settings['layers']}layers" if settings.get("layers") else ""
-        return f"random-{settings['like']}{layers}"
-    if settings.get("path"):
-        return Path(str(settings["path"])).resolve().name.removesuffix(".gguf")
-    if settings.get("hub_id"):
-        return str(settings["hub_id"]).rsplit("/", 1)[-1].lower()
+    if settings.name:
+        return settings.name
+    if settings.like:
+        layers = f"-{settings.layers}layers" if settings.layers else ""
+        return f"random-{settings.like}{layers}"
+    if settings.path:
+        return Path(str(settings.path)).resolve().name.removesuffix(".gguf")
+    if settings.hub_id:
+        return str(settings.hub_id).rsplit("/", 1)[-1].lower()
     raise InputError("model.path=null: give model.path=FOLDER (or model.hub_id=OWNER/NAME)")
 
 
 def read_yaml(name: str) -> dict[str, Any]:
-    settings = as_dict(OmegaConf.load(CONF / f"{name}.yaml"))
+    """A file of conf/model as it stands, without its base."""
+    settings: dict[str, Any] = yaml.safe_load((CONF / f"{name}.yaml").read_text(encoding="utf-8"))
     settings.pop("defaults", None)
     return settings
-
-
-def as_dict(cfg: Any) -> dict[str, Any]:
-    plain: Any = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
-    return dict(plain)
-
-
-def choose_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("its kernels lack float64, in which positions are rotated and fidelity is summed")
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(
-            f"model.device={name}: not available here ({reason(error)}); valid: auto, cpu, cuda, cuda:N"
-        ) from error
-    return device
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if name not in DTYPES:
-        raise InputError(f"model.dtype={name}: valid are auto, {', '.join(DTYPES)}")
-    return DTYPES[name]
 
 
 def prompt_limit(value: int | None, context: int) -> int:
@@ -84,9 +126,9 @@ def prompt_limit(value: int | None, context: int) -> int:
     return limit
 
 
-def context_length(settings: Mapping[str, Any], config: PreTrainedConfig) -> int:
+def context_length(settings: ModelSettings, config: PreTrainedConfig) -> int:
     """Positions the model was made for: the setting, or what its config (for text, if it has several) says."""
-    said = settings["context_length"] or getattr(config.get_text_config(), "max_position_embeddings", None)
+    said = settings.context_length or getattr(config.get_text_config(), "max_position_embeddings", None)
     if not said:
         raise InputError(
             "model.context_length=null: the model's config has no max_position_embeddings; "

@@ -1,6 +1,5 @@
 """A model from its files: configuration, tokenizer and safetensors. No pickle is ever opened."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,16 @@ from src.errors import InputError
 from src.models.embedded import package_file, unpacked
 from src.models.fingerprint import ModelFiles, read_files
 from src.models.hub import snapshot
+from src.models.settings import ModelSettings
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-def find_weights(settings: Mapping[str, Any]) -> tuple[ModelFiles, str]:
+def find_weights(settings: ModelSettings) -> tuple[ModelFiles, str]:
     """The files to load from (path, installed package or hub, in this order) and a name for the record."""
-    with_code = bool(settings["trust_remote_code"])
-    if settings["path"]:
-        path = Path(str(settings["path"])).expanduser()
+    with_code = settings.trust_remote_code
+    if settings.path:
+        path = Path(str(settings.path)).expanduser()
         if path.is_file() and path.suffix == ".gguf":
             return unpacked(path), str(path)
         if not path.is_dir():
@@ -29,11 +29,11 @@ def find_weights(settings: Mapping[str, Any]) -> tuple[ModelFiles, str]:
                 f"model.path={path}: no such folder; it must hold config.json, a tokenizer and *.safetensors"
             )
         return read_files(check_folder(path), with_code), str(path)
-    if settings["package_file"]:
-        return unpacked(package_file(str(settings["package_file"]))), str(settings["package_file"])
-    if settings["hub_id"]:
-        folder = snapshot(settings["hub_id"], settings["revision"], with_code)
-        return read_files(check_folder(folder), with_code), f"{settings['hub_id']}@{folder.name}"
+    if settings.package_file:
+        return unpacked(package_file(str(settings.package_file))), str(settings.package_file)
+    if settings.hub_id:
+        folder = snapshot(settings.hub_id, settings.revision, with_code)
+        return read_files(check_folder(folder), with_code), f"{settings.hub_id}@{folder.name}"
     raise InputError("model.path=null: give model.path=FOLDER (or model.hub_id=OWNER/NAME)")
 
 

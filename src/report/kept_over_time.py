@@ -9,17 +9,16 @@ it notes what was attended to (`Policy.attended`). A report shows one sample; se
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import matplotlib
 import numpy as np
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
+from evals.arguments import OneLineParser
 from evals.visible import shortened, visible
 from src.compare.matched import Study
 from src.compare.runs import check_comparable, label_runs, load_run, show_budget
@@ -104,13 +103,8 @@ def names_of(folders: Sequence[Path]) -> list[str]:
     return [f"{run.shown}, budget {show_budget(run.budget)}" for run in label_runs(runs)]
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} (python -m src.report.kept_over_time --help)")
-
-
 def main(arguments: Sequence[str]) -> int:
-    parser = _Parser(prog="python -m src.report.kept_over_time", description=(__doc__ or "").splitlines()[0])
+    parser = OneLineParser("python -m src.report.kept_over_time", InputError, (__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path, help="the picture: .png, .pdf or .svg")
     parser.add_argument("runs", type=Path, nargs="+", help="folders of runs made with kept_over_time=N")
     parser.add_argument("--sample", help="TASK-ID; default: the first that all runs have")

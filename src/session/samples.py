@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from omegaconf import DictConfig
-
 from evals.metrics import extra_scores, score_sample
 from evals.prompts import Prompt, encode
 from evals.tasks import Sample, Task
 from evals.thoughts import find_thought
+from src.config.settings import SessionSettings
 from src.engine.request import Generation, Request
 from src.errors import InputError
 from src.models.load import LoadedModel
@@ -40,8 +39,8 @@ def prepare(sample: Sample, model: LoadedModel) -> Prepared:
     return Prepared(sample, prompt, ids, (sample.task.name, sample.id, digest))
 
 
-def to_request(one: Prepared, model: LoadedModel, cfg: DictConfig) -> Request:
-    """What the engine is asked: `cfg` is a run's or a sweep's."""
+def to_request(one: Prepared, model: LoadedModel, cfg: SessionSettings) -> Request:
+    """What the engine is asked."""
     task, prompt = one.sample.task, one.prompt
     cut = cfg.prompt_scope == "context" and 0 < prompt.context_tokens < len(one.ids)
     longest = cfg.max_new_tokens or task.max_new_tokens
@@ -77,7 +76,7 @@ def reference(one: Prepared, model: LoadedModel, longest: int) -> list[int]:
     return model.fit_ids(ids[:longest])
 
 
-def to_record(one: Prepared, result: Generation, model: LoadedModel, cfg: DictConfig) -> dict[str, Any]:
+def to_record(one: Prepared, result: Generation, model: LoadedModel, cfg: SessionSettings) -> dict[str, Any]:
     """The line of predictions.jsonl."""
     sample = one.sample
     record = {**describe(sample), "prompt_hash": one.key[2], "prompt_tokens": len(one.ids)}

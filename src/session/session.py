@@ -13,12 +13,10 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from types import FrameType
 from typing import Any
-
-from omegaconf import DictConfig, OmegaConf
 
 from evals.suites import load_samples
 from evals.tasks import Sample
@@ -26,6 +24,7 @@ from evals.visible import visible
 from src.config.binding import bind
 from src.config.cells import CellConfig
 from src.config.cluster import distributed
+from src.config.settings import SessionSettings
 from src.engine.engine import Engine
 from src.engine.layer_kinds import TextLengths, check_lengths
 from src.engine.request import Generation, Job
@@ -73,7 +72,7 @@ class Session:
     """Runs cells over the samples that a config names, and finishes their folders.
 
     Args:
-        cfg: a composed run or sweep config, checked (`src.config.rules`).
+        cfg: a run's or a sweep's.
         cells: policies and budgets.
         lanes: the most lanes decoded together.
 
@@ -81,7 +80,7 @@ class Session:
         InputError, DataError: anything that is wrong with the settings or the data, before anything runs.
     """
 
-    def __init__(self, cfg: DictConfig, cells: Sequence[CellConfig], lanes: int) -> None:
+    def __init__(self, cfg: SessionSettings, cells: Sequence[CellConfig], lanes: int) -> None:
         self.cfg = cfg
         if cfg.overwrite and distributed():
             raise InputError(
@@ -92,8 +91,8 @@ class Session:
             if cell.variant.policy.foresees == "reference" and not cfg.fidelity:
                 raise InputError(f"policy={cell.shown}: looks at the reference answer; valid with fidelity=true only")
         self.samples = self._samples()
-        tracking = Tracking(**cfg.wandb)
-        self.model = current(json.dumps(OmegaConf.to_container(cfg.model, resolve=True), sort_keys=True))
+        tracking = Tracking(**asdict(cfg.wandb))
+        self.model = current(json.dumps(asdict(cfg.model), sort_keys=True))
         self.beyond_context = self._check_lengths()
         self.tracing = TraceProbe(cfg.kept_over_time) if cfg.kept_over_time else None
         self.engine = Engine(self.model.model, lanes, probes=[self.tracing] if self.tracing else [])
@@ -184,11 +183,9 @@ class Session:
         return f"{command} goes on where this one stopped"
 
     def _samples(self) -> list[Sample]:
-        cfg = self.cfg
-        tasks: Any = OmegaConf.to_container(cfg.tasks, resolve=True)
-        options = {str(k): v for k, v in tasks.items() if k not in ("suite", "names", "data_dir")}
+        cfg, tasks = self.cfg, self.cfg.tasks
         samples = load_samples(
-            tasks["suite"], tasks["names"], cfg.limit, tasks["data_dir"], cfg.seed, cfg.broken_rows, **options
+            tasks.suite, tasks.names, cfg.limit, tasks.data_dir, cfg.seed, cfg.broken_rows, **tasks.options
         )
         if cfg.fidelity:
             refuse_missing_references(samples)
@@ -271,21 +268,18 @@ class Session:
         path = run_path(self.cfg.output_root, self.model.name, cell.label, cell.budget_name, settings)
         if line := begun_anew(path, settings):
             self.anew.append(line)
-        grid = ("policies", "budgets", "max_lanes")  # a cell's config does not depend on the grid it was part of
-        config = {k: v for k, v in self.cfg.items() if k not in grid}
-        config |= {"policy": cell.options, "budget": cell.given}
         return RunFolder(
             path,
             settings,
-            OmegaConf.to_yaml(OmegaConf.create(config), resolve=True),
+            self.cfg.config_yaml(cell.options, cell.given),
             environment(str(self.model.device)),
-            retention=self.cfg.retention or "off",  # YAML reads a bare `off` as false
+            retention=self.cfg.retention,
             overwrite=self.cfg.overwrite,
             shared=distributed(),
         )
 
     def _track(self, cell: CellConfig, folder: RunFolder, tracking: Tracking) -> Tracker:
-        config = {"settings": self._settings(cell), "tasks": OmegaConf.to_container(self.cfg.tasks, resolve=True)}
+        config = {"settings": self._settings(cell), "tasks": self.cfg.composed["tasks"]}
         name = f"{self.model.name} {cell.label} {cell.budget_name}"
         return tracking.start(folder.path, config, name, done=len(folder.records))
 

@@ -26,154 +26,20 @@ The notebooks read these files when there are no run folders.
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
 
-import numpy as np
-import pandas as pd
-
+from evals.arguments import OneLineParser
 from evals.visible import csv_cell, one_line, visible
-from src.compare.intervals import RESAMPLES, Array, bootstrap_intervals, check_resamples, holm, sign_flip_pvalues
-from src.compare.matched import Study, make_study
-from src.compare.runs import cell_columns
+from src.compare.intervals import RESAMPLES, check_resamples
 from src.errors import InputError
 from src.logs import log_to_stderr
-from src.study.retention_tables import octave_table, retention_table
-
-MEASURES = ("score", "nll", "kl", "top1", "output_error")
-SIZES = ("kv_bytes", "kv_bytes_peak", "kv_bytes_full", "bookkeeping_bytes")
-SOMETIMES = ("kv_bytes_device", "codebook_bytes", "chosen_share")
-COMPARED = ("score", "kl", "nll")
-TABLES = ("cells", "retention", "octaves", "differences")
-
-
-def collect(
-    folders: Sequence[Path], baseline: str | None = None, min_prompt: int = 0, resamples: int = RESAMPLES
-) -> tuple[dict[str, pd.DataFrame], Study]:
-    """The tables of the finished runs below these folders.
-
-    Args:
-        baseline: what `differences` are against, at equal budget; None: the full cache, or nothing without it.
-        min_prompt: samples with shorter prompts (in tokens) are left out.
-
-    Raises:
-        InputError: no finished run, runs that cannot be compared, an older retention file, no sample left.
-    """
-    study = long_enough(make_study(folders, baseline), min_prompt)
-    tables = {
-        "cells": cells(study, resamples),
-        "retention": retention_table(study, resamples),
-        "octaves": octave_table(study, resamples),
-        "differences": differences(study, baseline, resamples),
-    }
-    return tables, study
-
-
-def long_enough(study: Study, min_prompt: int) -> Study:
-    """The study without its samples of fewer than `min_prompt` prompt tokens."""
-    lengths = np.nanmax(study.values("prompt_tokens"), axis=1)
-    rows = np.flatnonzero(~(lengths < min_prompt))
-    if not rows.size:
-        raise InputError(f"--min-prompt {min_prompt}: no sample is that long; the longest has {np.nanmax(lengths):.0f}")
-    keys = tuple(study.keys[row] for row in rows)
-    runs = tuple(
-        replace(run, records={key: run.records[key] for key in keys if key in run.records}) for run in study.runs
-    )
-    tasks = tuple(sorted({key[0] for key in keys}))
-    task_of = np.array([tasks.index(key[0]) for key in keys], dtype=int)
-    return replace(study, runs=runs, keys=keys, tasks=tasks, scores=study.scores[rows], task_of=task_of)
-
-
-def cells(study: Study, resamples: int = RESAMPLES) -> pd.DataFrame:
-    """Scores, fidelity and sizes of every run, over all tasks and for each."""
-    values = {name: measured(study, name) for name in (*MEASURES, *SIZES, *SOMETIMES, "prompt_tokens")}
-    found = []
-    for task in (None, *range(len(study.tasks))):
-        rows = np.full(len(study.keys), True) if task is None else study.task_of == task
-        intervals = {
-            name: bootstrap_intervals(values[name][rows], study.task_of[rows], resamples=resamples) for name in MEASURES
-        }
-        for column, run in enumerate(study.runs):
-            score = intervals["score"][column]
-            own = [record for key, record in run.records.items() if task is None or key[0] == study.tasks[task]]
-            line = cell_columns(run) | {
-                "task": "all" if task is None else study.tasks[task],
-                "n": score.n,
-                "failed": sum(bool(record.get("error")) for record in own),
-                "prompt_tokens": mean(values["prompt_tokens"][rows, column]),
-            }
-            for name in MEASURES:
-                interval = intervals[name][column]
-                line |= {name: interval.estimate, f"{name}_low": interval.low, f"{name}_high": interval.high}
-            line["stderr"] = score.stderr
-            found.append(line | {name: mean(values[name][rows, column]) for name in (*SIZES, *SOMETIMES)})
-    return pd.DataFrame(found)
-
-
-def measured(study: Study, name: str) -> Array:
-    """One number of every record, `(samples, runs)`, NaN where there is none."""
-    return study.values(name, "fidelity" if name in MEASURES and name != "score" else None)
-
-
-def mean(values: Array) -> float:
-    present = values[~np.isnan(values)]
-    return float(present.mean()) if present.size else float("nan")
-
-
-def differences(study: Study, baseline: str | None, resamples: int = RESAMPLES) -> pd.DataFrame:
-    """Every run minus the baseline at its budget, or minus the full cache."""
-    found = []
-    for name in COMPARED:
-        values = measured(study, name)
-        pairs = []
-        for column, run in enumerate(study.runs):
-            other = study.full if baseline is None else study.column(str(study.baseline), run.budget)
-            if other is not None and other != column and not run.full:
-                pairs.append((column, other))
-        if not pairs or np.isnan(values).all():
-            continue
-        gaps = np.stack([values[:, a] - values[:, b] for a, b in pairs], axis=1)
-        intervals = bootstrap_intervals(gaps, study.task_of, resamples=resamples)
-        pvalues = sign_flip_pvalues(gaps, study.task_of, resamples=resamples).tolist()
-        for (column, other), gap, p, corrected in zip(pairs, intervals, pvalues, holm(pvalues), strict=True):
-            line = {"against": study.runs[other].label, "measure": name, "n": gap.n, "difference": gap.estimate}
-            line |= {"low": gap.low, "high": gap.high, "p": p, "p_holm": corrected}
-            found.append(cell_columns(study.runs[column]) | line)
-    columns = ["model", "policy", "options", "budget", "against", "measure", "n", "difference", "low", "high"]
-    return pd.DataFrame(found, columns=[*columns, "p", "p_holm"])
-
-
-def readme(study: Study, commands: Sequence[str], own: str, name: str) -> str:
-    """What a reader of the tables must know."""
-    gits = [run.environment["git"] for run in study.runs if run.environment.get("git")]
-    versions = sorted({f"{git['commit'][:12]}{' (changed)' if git.get('changed') else ''}" for git in gits})
-    lengths = [r["prompt_tokens"] for run in study.runs for r in run.records.values() if r.get("prompt_tokens")]
-    lines = [f"# {name}", "", "Made by", "", *(f"    {command}" for command in (*commands, own)), ""]
-    lines += [
-        f"- model: {study.model}",
-        f"- samples: {study.scored} of {len(study.tasks)} tasks ({', '.join(study.tasks)})",
-        f"- prompts: {min(lengths):,} to {max(lengths):,} tokens" if lengths else "- prompts: no lengths recorded",
-        f"- code: commit {', '.join(versions) or 'not recorded'}",
-        *(f"- {key}: {value}" for key, value in study.comparability.items() if key != "task_versions"),
-        *(f"- note: {warning}" for warning in study.warnings),
-        "",
-        "The columns are explained in src/study/__main__.py.",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} (python -m src.study --help)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = _Parser("python -m src.study", description="Small tables of finished runs, to be committed.")
+    parser = OneLineParser("python -m src.study", InputError, "Small tables of finished runs, to be committed.")
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="a run's folder, or a folder above some")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="e.g. results/reference/bias_study")
     parser.add_argument("--command", action="append", required=True, help="what made the runs; may be repeated")
@@ -184,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         given = parser.parse_args(argv)
         check_resamples(given.resamples)
+        from src.study.collect import collect, readme  # torch, pandas: not for a wrong argument
+
         tables, study = collect(given.folders, given.baseline, given.min_prompt, given.resamples)
         own = shlex.join(["python", "-m", "src.study", *(sys.argv[1:] if argv is None else argv)])
         given.out.mkdir(parents=True, exist_ok=True)

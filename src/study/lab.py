@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from src.compare.marks import own_reconstructions
 from src.compare.runs import show_budget
 from src.errors import InputError
-from src.study.__main__ import TABLES, collect
+from src.study.collect import TABLES, collect
 from src.study.retention_tables import DECILES
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
@@ -72,7 +72,7 @@ def load(study: str, root: str | Path | None = None, baseline: str | None = None
 
     Args:
         root: the folder that holds <study>/ and reference/<study>/; None: this checkout's `results`.
-        baseline, min_prompt: see `src.study.__main__.collect`; the committed tables have theirs in their README.
+        baseline, min_prompt: see `src.study.collect.collect`; the committed tables have theirs in their README.
 
     Raises:
         InputError: neither run folders nor reference tables; runs of several models (named); an older

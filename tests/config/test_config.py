@@ -12,7 +12,7 @@ from evals.suites import task_names
 from policies.base import Policy
 from src.config import compose as composed
 from src.config.cells import make_cell
-from src.config.rules import check_settings
+from src.config.settings import read_settings
 from tests.support.cli import call
 
 CONF = composed.CONF
@@ -31,7 +31,7 @@ def tasks_registered() -> None:
 def compose(config: str, *overrides: str) -> Any:
     with composed.composing():
         cfg = composed.compose(config, overrides=list(overrides))
-    check_settings(cfg)
+    read_settings(config, cfg)
     return cfg
 
 

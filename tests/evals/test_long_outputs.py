@@ -1,18 +1,20 @@
 """LongGenBench from its file to a scored record: stop rules, lengths, both scorers, the reference output."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 from evals.suites import load_samples
 from evals.tasks import Sample
 from policies.full import Full
 from policies.h2o import H2O
 from policies.scope import Scope
+from src.config.compose import compose, composing
+from src.config.settings import RunSettings, read_settings
 from src.engine.engine import Engine
 from src.engine.request import Job, Variant
 from src.session.samples import prepare, to_record, to_request
@@ -34,15 +36,10 @@ def sample(tmp_path: Path) -> Sample:
     return load_samples("longgenbench", ["gsm8k_30"], None, str(tmp_path), 0)[0]
 
 
-def config(**changes: Any) -> Any:
-    base = {
-        "prompt_scope": "whole",
-        "max_new_tokens": None,
-        "min_new_tokens": None,
-        "fidelity": False,
-        "edit_similarity": "levenshtein",
-    }
-    return OmegaConf.create({**base, **changes})
+def config(**changes: Any) -> RunSettings:
+    with composing():
+        settings: RunSettings = read_settings("config", compose("config"))
+    return replace(settings, **changes)
 
 
 def test_stop_rules(sample: Sample) -> None:

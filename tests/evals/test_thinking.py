@@ -16,7 +16,7 @@ from evals.thoughts import find_thought, opens_thought
 from src.compare.matched import make_study
 from src.errors import InputError
 from src.models.chat import chat_form
-from src.models.settings import model_settings
+from src.models.settings import ModelSettings, model_settings
 from src.session.samples import Prepared, spoken
 from tests.support.cli import call, lines, longbench_folder, metrics, row
 from tests.support.tiny import tiny_loaded, tiny_tokenizer
@@ -126,7 +126,7 @@ def test_switches(template: str) -> None:
 def form(template: str, **changes: Any) -> Any:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
-    return chat_form(tokenizer, model_settings("local", **changes), "tiny")
+    return chat_form(tokenizer, ModelSettings.of(model_settings("local", **changes)), "tiny")
 
 
 def test_what_the_settings_hash_knows() -> None:
@@ -195,5 +195,6 @@ def test_qwen3_is_switched_off_by_its_template() -> None:
     settings = model_settings("qwen3-8b")
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = QWEN
-    assert chat_form(tokenizer, settings, "qwen3-8b").kwargs == {"enable_thinking": False}
-    assert chat_form(tokenizer, {**settings, "thinking": "keep"}, "qwen3-8b").kwargs == {}
+    assert chat_form(tokenizer, ModelSettings.of(settings), "qwen3-8b").kwargs == {"enable_thinking": False}
+    keeping = ModelSettings.of({**settings, "thinking": "keep"})
+    assert chat_form(tokenizer, keeping, "qwen3-8b").kwargs == {}

@@ -9,15 +9,16 @@ from safetensors import SafetensorError, safe_open
 
 from policies.hcattention import HCAttention
 from src import calibrate
-from src.calibrate import fit_codebooks, sample_keys
 from src.config.binding import bind, shape_of
 from src.config.cells import CellConfig
+from src.config.settings import read_settings
 from src.engine.request import Variant
 from src.errors import InputError
 from src.files import cache_folder
 from src.kv.codebooks import default_path, load_codebooks, save_codebooks
 from src.kv.product import encode
 from src.kv.state import ModelShape
+from src.models.codebooks import fit_codebooks, sample_keys
 from tests.support import naive
 from tests.support.tiny import tiny, tiny_loaded, tokens
 
@@ -128,25 +129,21 @@ def test_their_digest_names_the_results() -> None:
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from omegaconf import OmegaConf
-
     loaded = tiny_loaded()
     monkeypatch.setattr("src.models.load.load_model", lambda cfg: loaded)
-    cfg = OmegaConf.load(calibrate.__file__.replace("src/calibrate.py", "conf/calibrate.yaml"))
-    small = OmegaConf.merge(cfg, {"model": {}, "groups": 8, "centroids": 16, "sample_tokens": 100, "jobs": 1})
-    assert calibrate.make(small) == 0  # type: ignore[arg-type]
+    assert calibrate.make(small()) == 0
     assert str(default_path("tiny-llama", 8, 16)) in capsys.readouterr().out
     assert load_codebooks(None, shape_of(loaded), 8, 16).centroids.shape == (2, 2, 8, 16, 2)
-    assert calibrate.make(small) == 0 and "there already" in capsys.readouterr().out  # type: ignore[arg-type]
+    assert calibrate.make(small()) == 0 and "there already" in capsys.readouterr().out
     with torch.no_grad():
         next(loaded.model.parameters())[0, 0] += 1  # another checkpoint of the same name: the advice must help
     with pytest.raises(InputError, match="weights="):
         load_codebooks(None, shape_of(loaded), 8, 16)
-    assert calibrate.make(small) == 0 and "there already" not in capsys.readouterr().out  # type: ignore[arg-type]
+    assert calibrate.make(small()) == 0 and "there already" not in capsys.readouterr().out
     assert load_codebooks(None, shape_of(loaded), 8, 16).centroids.shape == (2, 2, 8, 16, 2)
     for setting, value in (("groups", 5), ("centroids", 301), ("centroids", 1)):
         with pytest.raises(InputError, match=f"{setting}={value}.*valid: "):
-            calibrate.make(OmegaConf.merge(small, {setting: value}))  # type: ignore[arg-type]
+            calibrate.make(small(**{setting: value}))
 
 
 def test_another_checkpoint_of_the_same_name_and_shape_is_another_model() -> None:
@@ -173,12 +170,13 @@ def small(**more: Any) -> Any:
     from omegaconf import OmegaConf
 
     cfg = OmegaConf.load(calibrate.__file__.replace("src/calibrate.py", "conf/calibrate.yaml"))
-    return OmegaConf.merge(cfg, {"model": {}, "groups": 8, "centroids": 16, "sample_tokens": 100, "jobs": 1, **more})
+    given = {"model": {}, "groups": 8, "centroids": 16, "sample_tokens": 100, "jobs": 1, **more}
+    return read_settings("calibrate", OmegaConf.merge(cfg, given))  # type: ignore[arg-type]
 
 
 def test_where_nothing_can_be_written_is_said_before_the_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("src.models.load.load_model", lambda cfg: tiny_loaded())
-    monkeypatch.setattr(calibrate, "sample_keys", lambda *_: pytest.fail("the fit has begun"))
+    monkeypatch.setattr("src.models.codebooks.sample_keys", lambda *_: pytest.fail("the fit has begun"))
     (tmp_path / "file").write_text("x")
     for output in (tmp_path / "file" / "x", tmp_path, Path("/proc/no/x"), tmp_path / ("n" * 300)):
         with pytest.raises(InputError, match=r"output=.*valid: ") as caught:
@@ -189,7 +187,7 @@ def test_where_nothing_can_be_written_is_said_before_the_fit(tmp_path: Path, mon
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(calibrate.os, "posix_fallocate", full)
+        patch.setattr("os.posix_fallocate", full)
         with pytest.raises(InputError, match="No space left on device"):
             calibrate.make(small())
     for seed in (-1, 2**32):

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from src.errors import InputError
 from src.models import embedded
 from src.models.load import load_model
-from src.models.settings import CONF, model_name, model_names, model_settings, prompt_limit, read_yaml
+from src.models.settings import CONF, ModelSettings, model_name, model_names, model_settings, prompt_limit, read_yaml
 from tests.support.tiny import tiny, tiny_loaded, tiny_tokenizer, tokens
 
 SHAPED = [name for name in model_names() if read_yaml(name).get("shape")]
@@ -113,11 +113,13 @@ def test_prompt_limit_follows_longbench() -> None:
 
 
 def test_names_are_known_before_loading_and_show_random_weights() -> None:
-    assert model_name(model_settings("llama3-8b")) == "llama3-8b"
-    assert model_name(model_settings("random", like="qwen3-8b", layers=2)) == "random-qwen3-8b-2layers"
-    assert model_name(model_settings("local", path="/models/My-Llama/")) == "My-Llama"
+    assert model_name(ModelSettings.of(model_settings("llama3-8b"))) == "llama3-8b"
+    assert (
+        model_name(ModelSettings.of(model_settings("random", like="qwen3-8b", layers=2))) == "random-qwen3-8b-2layers"
+    )
+    assert model_name(ModelSettings.of(model_settings("local", path="/models/My-Llama/"))) == "My-Llama"
     with pytest.raises(InputError, match=r"model\.path"):
-        model_name(model_settings("local"))
+        model_name(ModelSettings.of(model_settings("local")))
     with pytest.raises(InputError, match=r"llama9.*valid: .*smollm2-135m"):
         model_settings("llama9")
 

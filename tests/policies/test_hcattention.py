@@ -10,13 +10,13 @@ from torch import Tensor
 from policies.full import Full
 from policies.h2o import H2O
 from policies.hcattention import HCAttention, smallest_set
-from src.calibrate import fit_codebooks, sample_keys
 from src.engine.engine import Engine
 from src.engine.request import Generation, Job, Request, Variant
 from src.kv.cache import LayerCache
 from src.kv.codebooks import Codebooks
 from src.kv.product import SplitCache, encode, look_up, tables, weighted_sum
 from src.kv.step import DecodeStep
+from src.models.codebooks import fit_codebooks, sample_keys
 from tests.support import naive
 from tests.support.tiny import tiny, tokens
 from tests.support.watch import logits_of

@@ -65,7 +65,7 @@ def test_the_system_s_own_error_is_one_line_wherever_it_comes_out(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("src.run.show_results", full)  # say, the terminal's output goes to a file there
+    monkeypatch.setattr("src.session.session.show_results", full)  # say, the terminal's output goes to a file there
     done = call("run", *base, "policy=full")
     assert (
         done.code == 2 and done.err.splitlines()[-1] == "error: the disk: cannot be written (No space left on device)"
@@ -78,7 +78,7 @@ def test_codebooks_that_cannot_be_written_are_refused_before_the_fit(
     def never(*_: object) -> None:
         raise AssertionError("fitted for nothing")
 
-    monkeypatch.setattr("src.calibrate.sample_keys", never)
+    monkeypatch.setattr("src.models.codebooks.sample_keys", never)
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
     local = ["model=local", f"model.path={model_folder}", "groups=4", "centroids=4"]

@@ -14,13 +14,14 @@ from src.compare.matched import make_study
 from src.compare.runs import find_runs
 from src.errors import InputError
 from src.records.metrics_file import write_metrics
-from src.report.__main__ import main, write_report
+from src.report.__main__ import main
 from src.report.contrasts import contrasts, retention_maps
 from src.report.formats import Cell, Column, Table, comma_separated, latex, markdown, number
 from src.report.html import page
 from src.report.plots import make_figures, pareto_front
 from src.report.sentences import headline, notes, summary
 from src.report.tables import comparison_table, make_tables, memory_table, scores_table
+from src.report.write import write_report
 from src.retention.store import Kept
 from tests.support.synthetic_runs import METRICS, kept_positions, record, write_run, write_study
 

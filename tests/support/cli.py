@@ -61,7 +61,7 @@ def call(entry: str, *arguments: str) -> Result:
 def start(entry: str, *arguments: str, log: Path) -> BaseProcess:
     """The same in a process of its own, forked from one that has imported everything already: it starts at once."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["src.run", "src.sweep"])
+    context.set_forkserver_preload(["src.run", "src.sweep", "src.session.session"])
     with mock.patch.dict(os.environ, {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}):
         process = context.Process(target=_child, args=(entry, arguments, str(log)))
         process.start()

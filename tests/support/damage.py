@@ -22,15 +22,16 @@ from src.compare.analysis import analyse
 from src.compare.matched import make_study
 from src.config.cells import CellConfig, grid
 from src.config.compose import composing
+from src.config.settings import read_settings
 from src.errors import InputError
 from src.records.folder import RunFolder
-from src.report.__main__ import as_numbers
 from src.report.contrasts import contrasts, retention_maps
 from src.report.formats import Table, comma_separated, markdown
 from src.report.html import page
 from src.report.kept import retention_table
 from src.report.overlap import overlap_table
 from src.report.tables import make_tables, tasks_table
+from src.report.write import as_numbers
 from src.session.session import Session
 
 GRID = ["policies=[full,h2o,snapkv,{name: hcattention, quantise_keys: false}]", "budgets=[40]", "kept_over_time=4"]
@@ -158,7 +159,7 @@ class Command:
         same_machine = mock.patch("src.session.session.environment", return_value=ENVIRONMENT)
         with warnings_of_ours() as said, contextlib.redirect_stderr(error), no_picture, same_machine:
             try:
-                code = Session(cfg, self.cells, lanes=8).run()  # type: ignore[arg-type]
+                code = Session(read_settings("sweep", cfg), self.cells, lanes=8).run()  # type: ignore[arg-type]
             except (InputError, DataError) as refused:
                 code = 2
                 said.append(str(refused))

@@ -20,8 +20,8 @@ import wandb
 import yaml
 
 from src.errors import InputError
-from src.report.__main__ import write_report
 from src.report.wandb import track_report
+from src.report.write import write_report
 from src.tracking import wandb as tracking
 from src.tracking.server import key_configured, server, within
 from src.tracking.wandb import NoTracker, Tracking, WandbTracker, _run_id, summary
