@@ -35,6 +35,7 @@ from src.records.earlier import begun_anew
 from src.records.environment import environment
 from src.records.files import run_path
 from src.records.folder import RunFolder
+from src.records.record import Record
 from src.retention.store import Kept
 from src.retention.trace import made_with, trace_path
 from src.session.chosen import has_chosen, save_chosen
@@ -232,10 +233,9 @@ class Session:
             kept = None if result.error else Kept(result.kept_prompt, result.kept_end)
             trace = self.engine.trace(result) if isinstance(self.engine, TracingEngine) else None
             if trace and not result.error:
-                trace.save(trace_path(by_variant[id(result.variant)].folder.path, record["task"], record["id"]))
+                trace.save(trace_path(by_variant[id(result.variant)].folder.path, record.task, record.id))
             if self.cfg.retention == "positions" and not result.error:
-                cut = record.get("context_tokens", record["prompt_tokens"])
-                save_chosen(by_variant[id(result.variant)].folder.path, record["task"], record["id"], result, cut)
+                save_chosen(by_variant[id(result.variant)].folder.path, record.task, record.id, result, record.cut)
             self._keep(by_variant[id(result.variant)], record, kept, progress)
             open_cells[result.request.name] -= 1
             if not open_cells[result.request.name]:
@@ -255,16 +255,16 @@ class Session:
         self.without_positions += not there
         return there
 
-    def _keep(self, cell: Cell, record: dict[str, Any], kept: Kept | None, progress: Progress) -> None:
+    def _keep(self, cell: Cell, record: Record, kept: Kept | None, progress: Progress) -> None:
         """Onto the disk, to the tracker, onto the screen."""
-        if not (record["error"] and cell.folder.holds(record)):  # the same malformed row is written once
+        if not (record.error and cell.folder.holds(record)):  # the same malformed row is written once
             cell.folder.append(record, kept)
             cell.tracker.log_sample(record)
         progress.done(cell.config, record)
-        self.failed += bool(record["error"])
-        self.unfinished += record.get("thought") == "unfinished"
-        if str(record["error"]).startswith("policy "):
-            self.faults[f"{cell.config.shown}: {record['error']}"] += 1
+        self.failed += bool(record.error)
+        self.unfinished += record.thought == "unfinished"
+        if record.error and record.error.startswith("policy "):
+            self.faults[f"{cell.config.shown}: {record.error}"] += 1
 
     def _open(self, cell: CellConfig) -> RunFolder:
         settings = outcome_settings(self.cfg, self.model, cell)
