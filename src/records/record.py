@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from src.records.kinds import AMOUNT, FIGURES, FLAG, GRID, NAME, SCORE, TEXT, TEXTS, About, schema
+from src.records.kinds import AMOUNT, ANY, FIGURES, FLAG, GRID, NAME, SCORE, TEXT, TEXTS, About, schema
 from src.records.seal import CHECK, as_json, open_sealed, read_object, sealed, why_unreadable
 from src.retention.store import Key
 
@@ -50,7 +50,7 @@ class Record:
     thought: Annotated[
         str | None, About("thought in the prediction: none, empty, finished or unfinished (scores 0)")
     ] = None
-    thought_tokens: Annotated[int | None, About("length of the thought", "tokens", AMOUNT)] = None
+    thought_tokens: Annotated[int | None, About("length of the thought", "tokens")] = None
     answer: Annotated[str | None, About("part of the prediction that was scored, where it holds a thought")] = None
     new_tokens: Annotated[int | None, About("generated tokens, the stop token included", "tokens", AMOUNT)] = None
     beyond_context: Annotated[
@@ -169,6 +169,9 @@ MEASURES = {
     "chosen_positions": About("where in the prompt they stood, in 64 equal parts", "share of all chosen", GRID),
 }
 
+NEEDED = ("task", "id", "prompt_hash")
+CHECKED = {name: about.kind for name, about in {**FIELDS, **MEASURES}.items() if about.kind is not ANY}
+
 
 def reserved(names: Collection[str]) -> list[str]:
     """Those of the names that no measure may have, sorted."""
@@ -176,14 +179,11 @@ def reserved(names: Collection[str]) -> list[str]:
 
 
 def fault(line: Mapping[str, Any]) -> str | None:
-    """What is wrong with a line's fields, in half a line; None: nothing.
-
-    All fields but `task`, `id` and `prompt_hash` may be missing or null.
-    """
-    for name, about in {**FIELDS, **MEASURES}.items():
+    """What is wrong with a line's fields, in half a line; None: nothing. All but `NEEDED` may be missing or null."""
+    for name, kind in CHECKED.items():
         value = line.get(name)
-        if (value is not None or name in ("task", "id", "prompt_hash")) and not about.kind.sound(value):
-            return f"{name} should be {about.kind.wanted}"
+        if (value is not None or name in NEEDED) and not kind.sound(value):
+            return f"{name} should be {kind.wanted}"
     return None
 
 
