@@ -217,7 +217,9 @@ def test_tables_agree_with_metrics_json(root: Path) -> None:
     h2o = octaves[(octaves["policy"] == "h2o") & (octaves["options"] == "")].set_index("first")
     records = next(run for run in study.runs if run.label == "h2o").records.values()
     assert h2o.index.tolist() == [1, 2, 4, 8, 16, 32, 64]
-    assert h2o.loc[4, "value"] == pytest.approx(np.mean([np.array(r["score_by_octave"])[:, 2] for r in records]))
+    assert h2o.loc[4, "value"] == pytest.approx(
+        np.mean([np.array(r.measures["score_by_octave"])[:, 2] for r in records])
+    )
     gaps = tables["differences"].set_index(["policy", "options", "measure"])
     for name in ("score", "kl", "nll"):
         expected = cells.loc[("h2o", "", "all"), name] - cells.loc[("ahakv", "", "all"), name]

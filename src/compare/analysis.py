@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from src.compare.intervals import RESAMPLES, Array, Interval, bootstrap_intervals, holm, sign_flip_pvalues
-from src.compare.matched import Study
+from src.compare.matched import Study, fidelity
 from src.compare.runs import Run
 
 CLEAR = 0.05  # a corrected p-value below it is called a clear difference
@@ -123,7 +123,7 @@ def analyse(study: Study, resamples: int = RESAMPLES, seed: int = 0) -> Analysis
     ]
     sampled = Counter((~np.isnan(scores[:, i])).tobytes() for i in range(width))
     usual = sampled.most_common(1)[0][0]
-    fidelity = _fidelity(study, resamples, seed)
+    distances = _fidelity(study, resamples, seed)
     rows = [
         Row(
             run=run,
@@ -133,7 +133,7 @@ def analyse(study: Study, resamples: int = RESAMPLES, seed: int = 0) -> Analysis
             odd=(~np.isnan(scores[:, i])).tobytes() != usual,
             full=differences[0][i],
             baseline=differences[1][i],
-            fidelity={name: found[i] for name, found in fidelity.items() if found[i].n},
+            fidelity={name: found[i] for name, found in distances.items() if found[i].n},
         )
         for i, run in enumerate(runs)
     ]
@@ -170,7 +170,7 @@ def _task_means(study: Study, column: int) -> dict[str, tuple[float, int]]:
 def _fidelity(study: Study, resamples: int, seed: int) -> dict[str, list[Interval]]:
     found = {}
     for name in FIDELITY:
-        values = study.values(name, "fidelity")
+        values = study.values(fidelity(name))
         if not np.isnan(values).all():
             found[name] = bootstrap_intervals(values, study.task_of, resamples=resamples, seed=seed)
     return found

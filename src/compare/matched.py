@@ -1,6 +1,6 @@
 """What a report is made from: comparable runs side by side, matched by sample."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from src.compare.intervals import Array
-from src.compare.runs import FINGERPRINT, Key, Run, budget_order, check_comparable, find_runs, label_runs, load_run
+from src.compare.runs import FINGERPRINT, Run, budget_order, check_comparable, find_runs, label_runs, load_run
 from src.errors import InputError
+from src.records.record import Record
+from src.retention.store import Key
 
 
 @dataclass(frozen=True)
@@ -55,20 +57,25 @@ class Study:
         return next(matches, None)
 
     def failed(self, column: int) -> int:
-        return sum(bool(r.get("error")) for r in self.runs[column].records.values())
+        return sum(bool(record.error) for record in self.runs[column].records.values())
 
-    def values(self, name: str, group: str | None = None) -> Array:
-        """Like `scores`, of another number in the records, e.g. ("kl", "fidelity"); of numbers by layer their mean."""
+    def values(self, read: Callable[[Record], Any]) -> Array:
+        """Like `scores`, of another number that `read` finds in a record; of numbers by layer their mean."""
         found = np.full(self.scores.shape, np.nan)
         for column, run in enumerate(self.runs):
             for row, key in enumerate(self.keys):
-                record = run.records.get(key) or {}
-                value = ((record.get(group) or {}) if group else record).get(name)
+                record = run.records.get(key)
+                value = None if record is None or record.error else read(record)
                 if isinstance(value, list) and value and all(isinstance(item, int | float) for item in value):
                     value = float(np.mean(value))
-                if isinstance(value, int | float) and not record.get("error"):
+                if isinstance(value, int | float):
                     found[row, column] = value
         return found
+
+
+def fidelity(name: str) -> Callable[[Record], Any]:
+    """Reads one of a record's fidelity figures, for `Study.values`."""
+    return lambda record: (record.fidelity or {}).get(name)
 
 
 def make_study(folders: Sequence[Path], baseline: str | None = None) -> Study:
@@ -86,8 +93,8 @@ def make_study(folders: Sequence[Path], baseline: str | None = None) -> Study:
     scores = np.full((len(keys), len(runs)), np.nan)
     for column, run in enumerate(runs):
         for key, record in run.records.items():
-            if record.get("score") is not None and not record.get("error"):
-                scores[row_of[key], column] = record["score"]
+            if record.succeeded:
+                scores[row_of[key], column] = record.score
     task_of = np.array([tasks.index(key[0]) for key in keys], dtype=int)
     warnings += [
         f"{run.folder.name} was interrupted with {len(missing)} samples missing; launch it again to complete it."
@@ -183,7 +190,7 @@ def _sample_warnings(runs: Sequence[Run], keys: Sequence[Key], scores: Array, ta
         warnings.append("The weights are random: scores mean nothing, only memory and retention do.")
     warnings += [w for run in runs if (w := _retention_warning(run))]
     for run in runs:
-        if cut := sum(record.get("thought") == "unfinished" for record in run.records.values()):
+        if cut := sum(record.thought == "unfinished" for record in run.records.values()):
             warnings.append(
                 f"{run.folder.name}: {cut} of {len(run.records)} predictions end in the middle of a thought and score "
                 "0; a larger max_new_tokens lets them finish."
@@ -195,7 +202,7 @@ def retention_samples(run: Run) -> tuple[int, int]:
     """Of how many samples the run's retention figures are, and how many it has a score of."""
     found = run.metrics.get("retention")
     n = found.get("samples") if isinstance(found, dict) else None
-    return n if isinstance(n, int) else 0, sum(not record.get("error") for record in run.records.values())
+    return n if isinstance(n, int) else 0, sum(not record.error for record in run.records.values())
 
 
 def _retention_warning(run: Run) -> str:

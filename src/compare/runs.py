@@ -23,9 +23,10 @@ from src.compare.stored import (
 )
 from src.errors import InputError
 from src.records.files import PREDICTIONS
+from src.records.record import Record
 from src.records.seal import why_unreadable
+from src.retention.store import Key
 
-Key = tuple[str, str, str]  # task, id, prompt hash: what makes two runs' samples the same sample
 CONF = Path(__file__).resolve().parents[2] / "conf"
 FINGERPRINT = "model_fingerprint"  # among the comparability fields: what the model's files held
 # Settings that choose where and how much is run, not what comes out of a sample.
@@ -53,7 +54,7 @@ class Run:
     metrics: dict[str, Any]
     settings: dict[str, Any]
     environment: dict[str, Any]
-    records: dict[Key, dict[str, Any]] = field(repr=False)
+    records: dict[Key, Record] = field(repr=False)
     label: str = ""
     reconstruction: str = ""  # where the policy's formulas come from, if it is one
     notes: tuple[str, ...] = ()  # what is wrong with its files, for the reader of the report
@@ -121,7 +122,7 @@ def load_run(folder: Path) -> Run:
         metrics,
         settings,
         environment,
-        {(r["task"], r["id"], r["prompt_hash"]): r for r in records},
+        {record.key: record for record in records},
         notes=tuple(notes),
         unchecked=not checked and lines.before,
         reconstruction=reconstruction(stored, settings),

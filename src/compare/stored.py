@@ -8,12 +8,12 @@ from typing import Any
 import yaml
 
 from src.errors import InputError
-from src.records.fields import is_number
-from src.records.files import PREDICTIONS, current, settings_hash
-from src.records.folder import METRICS, SETTINGS
+from src.records.files import METRICS, PREDICTIONS, SETTINGS, current, settings_hash
+from src.records.kinds import is_number
 from src.records.metrics import compute_metrics
 from src.records.metrics_file import read_metrics
 from src.records.predictions import Lines, parse
+from src.records.record import Record
 from src.records.seal import open_sealed, read_small, why_unreadable
 
 AGAIN = "launch the run again"
@@ -71,7 +71,7 @@ def stored_environment(folder: Path) -> tuple[dict[str, Any], str]:
         return {}, f"{folder.name}: environment.json is damaged ({why_unreadable(error)}) and not shown."
 
 
-def stored_records(folder: Path, checked: bool) -> tuple[list[dict[str, Any]], Lines]:
+def stored_records(folder: Path, checked: bool) -> tuple[list[Record], Lines]:
     """The records that count, of sound lines only.
 
     Args:
@@ -90,7 +90,7 @@ def stored_records(folder: Path, checked: bool) -> tuple[list[dict[str, Any]], L
     return current(lines.records), lines
 
 
-def recomputed(folder: Path, records: list[dict[str, Any]], stored: Mapping[str, Any]) -> dict[str, Any]:
+def recomputed(folder: Path, records: list[Record], stored: Mapping[str, Any]) -> dict[str, Any]:
     """The metrics of these records; of metrics.json what records do not say.
 
     Raises:
@@ -108,7 +108,7 @@ def recomputed(folder: Path, records: list[dict[str, Any]], stored: Mapping[str,
         )
     except (TypeError, ValueError, KeyError, OverflowError) as error:
         raise InputError(f"{folder / PREDICTIONS}: its records do not fit together ({why_unreadable(error)})") from None
-    return metrics | {"missing": stored["missing"]}
+    return {**metrics, "missing": stored["missing"]}
 
 
 def disagreement(stored: Mapping[str, Any], found: Mapping[str, Any]) -> str:

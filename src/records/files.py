@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from src.errors import InputError
-from src.records.metrics import succeeded
 from src.records.predictions import parse
+from src.records.record import Record
 from src.records.seal import as_json
 from src.retention.store import Key
 
 log = logging.getLogger(__name__)
 
-PREDICTIONS = "predictions.jsonl"
+PREDICTIONS, METRICS, SETTINGS = "predictions.jsonl", "metrics.json", "settings.json"
 
 
 def settings_hash(settings: Mapping[str, Any]) -> str:
@@ -34,7 +34,7 @@ def run_path(
     return Path(output_root) / _safe(model) / f"{_safe(policy)}-{_safe(shown)}-{settings_hash(settings)}"
 
 
-def load_records(folder: str | Path) -> list[dict[str, Any]]:
+def load_records(folder: str | Path) -> list[Record]:
     """The records that count (one per task and id, sorted). Reads only; what is torn or damaged is left out."""
     path = Path(folder) / PREDICTIONS
     if not path.exists():
@@ -45,7 +45,7 @@ def load_records(folder: str | Path) -> list[dict[str, Any]]:
     return current(lines.records)
 
 
-def current(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def current(records: Iterable[Record]) -> list[Record]:
     """Those that count: one per task and id, sorted."""
     table = Table()
     for record in records:
@@ -60,19 +60,19 @@ class Table:
     """
 
     def __init__(self) -> None:
-        self.records: dict[Key, dict[str, Any]] = {}
+        self.records: dict[Key, Record] = {}
         self.last: dict[tuple[str, str], Key] = {}
         self.lines: Counter[Key] = Counter()
 
-    def add(self, record: dict[str, Any]) -> None:
-        key = key_of(record)
+    def add(self, record: Record) -> None:
+        key = record.key
         before = self.records.get(key)
         self.lines[key] += 1
-        if before is None or succeeded(record) or not succeeded(before):
+        if before is None or record.succeeded or not before.succeeded:
             self.records[key] = record
         self.last[key[:2]] = key
 
-    def current(self) -> list[dict[str, Any]]:
+    def current(self) -> list[Record]:
         return [self.records[self.last[name]] for name in sorted(self.last)]
 
     @property
@@ -80,19 +80,15 @@ class Table:
         """Has a sample run so often that the file should be shortened? One that ran again once keeps its first line."""
         return any(count > 2 for count in self.lines.values())
 
-    def all(self) -> list[dict[str, Any]]:
+    def all(self) -> list[Record]:
         """One record of each key, in an order in which those that count come last."""
         current = set(self.last.values())
         return [record for _, record in sorted(self.records.items(), key=lambda item: item[0] in current)]
 
-    def holds(self, record: Mapping[str, Any]) -> bool:
+    def holds(self, record: Record) -> bool:
         """Is this very record one of those that count?"""
-        key = key_of(record)
+        key = record.key
         return self.last.get(key[:2]) == key and self.records[key] == record
-
-
-def key_of(record: Mapping[str, Any]) -> Key:
-    return str(record["task"]), str(record["id"]), str(record["prompt_hash"])
 
 
 def canonical(value: Any) -> str:

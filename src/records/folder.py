@@ -6,26 +6,25 @@ counts. `finish` turns everything valid in the folder, not only the present call
 retention.npz and retention.png.
 """
 
-import fcntl
-import json
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 from src.errors import InputError
-from src.files import append_whole, replacing, write_whole, writing
-from src.records.fields import is_number
-from src.records.files import PREDICTIONS, Table, canonical, differences, key_of, load_records, run_path, settings_hash
+from src.files import append_whole, replacing, write_whole
+from src.records.files import METRICS, PREDICTIONS, SETTINGS, Table, load_records, run_path, settings_hash
 from src.records.kept_files import FINISHED, JOURNAL, KeptFiles
-from src.records.metrics import compute_metrics, succeeded
-from src.records.metrics_file import read_metrics, write_metrics
-from src.records.predictions import encode, repair
-from src.records.seal import as_json, open_sealed, read_small, sealed, why_unreadable
+from src.records.kinds import is_number
+from src.records.lock import FolderLock
+from src.records.metrics import compute_metrics
+from src.records.metrics_file import earlier_metrics, write_metrics
+from src.records.owner import check_settings, write_environment
+from src.records.predictions import repair
+from src.records.record import Record
 from src.retention import store
 from src.retention.from_records import chosen, needle, score_bias
 from src.retention.plot import plot_retention
@@ -37,7 +36,7 @@ __all__ = ["Kept", "Key", "RunFolder", "compute_metrics", "load_records", "run_p
 
 log = logging.getLogger(__name__)
 
-METRICS, SETTINGS, PICTURE = "metrics.json", "settings.json", "retention.png"
+PICTURE = "retention.png"
 WRITTEN = (
     *(PREDICTIONS, METRICS, SETTINGS, JOURNAL, "config.yaml", "environment.json"),
     *(FINISHED, PICTURE, "wandb_id"),
@@ -67,12 +66,11 @@ class RunFolder:
             raise InputError(f"retention={retention}: valid are {', '.join(store.MODES)}")
         self.path = Path(path)
         self.mode = retention
-        self._shared = shared
         self._brought_back: set[Key] = set()  # records of earlier prompts that count again
         self._drawing: tuple[Profile, str] | None = None  # the picture's content and title
-        self._lock = self._take_lock()
+        self._lock = FolderLock(self.path, shared)
         try:
-            with self._turn():
+            with self._lock.turn():
                 self._open(settings, config_yaml, environment, overwrite)
         except BaseException:
             self.close()
@@ -86,18 +84,18 @@ class RunFolder:
         puts its line last.
         """
         record = self._table.records.get(key)
-        if record is None or not succeeded(record) or (fidelity and not record.get("fidelity")):
+        if record is None or not record.succeeded or (fidelity and not record.fidelity):
             return False
         if self._table.last[key[:2]] != key:
             self._table.last[key[:2]] = key
             self._brought_back.add(key)
         return True
 
-    def found(self, key: Key) -> dict[str, Any]:
+    def found(self, key: Key) -> Record:
         """The record of a sample that is `done`."""
         return self._table.records[key]
 
-    def holds(self, record: Mapping[str, Any]) -> bool:
+    def holds(self, record: Record) -> bool:
         """Is this very record one of those that count?"""
         return self._table.holds(record)
 
@@ -105,17 +103,16 @@ class RunFolder:
         """Is there of this sample what `retention` asks for?"""
         return self._kept.suffices(key)
 
-    def append(self, record: Mapping[str, Any], kept: Kept | None = None) -> None:
+    def append(self, record: Record, kept: Kept | None = None) -> None:
         """Keep one finished (or failed) sample for good. Returns once it is on the disk."""
-        key = key_of(record)
-        with self._turn():
+        with self._lock.turn():
             if kept is not None and self.mode != "off":
-                cut = int(record.get("context_tokens", record["prompt_tokens"]))  # tokens that the policy chose from
-                self._kept.append(store.kept_sample(key, cut, kept, self.mode))
-            self._write_line(dict(record))
+                self._kept.append(store.kept_sample(record.key, record.cut, kept, self.mode))
+            append_whole(self.path / PREDICTIONS, record.line())
+            self._table.add(record)
 
     @property
-    def records(self) -> list[dict[str, Any]]:
+    def records(self) -> list[Record]:
         """The records that count (one per task and id), sorted."""
         return self._table.current()
 
@@ -144,14 +141,14 @@ class RunFolder:
         Raises:
             InputError: retention.npz or metrics.json cannot be written.
         """
-        with self._turn():
+        with self._lock.turn():
             again = {key for key in self._brought_back if self._table.last[key[:2]] == key}
-            if self._shared:
+            if self._lock.shared:
                 self._read()
             self._table.last |= {key[:2]: key for key in again}
             if again or self._table.long:
                 self._rewrite()
-            keys = [key for record in self.records if succeeded(record) and (key := key_of(record)) in self._kept]
+            keys = [record.key for record in self.records if record.succeeded and record.key in self._kept]
             refused = None
             try:
                 if self._kept.finish(keys):
@@ -159,7 +156,7 @@ class RunFolder:
             except InputError as error:  # metrics.json is smaller and worth more
                 refused = error
             data = profile(self._kept.read(keys), recent)
-            before = self._metrics_before()
+            before = earlier_metrics(self.path / METRICS)
             metrics = compute_metrics(
                 self.records,
                 policy=policy,
@@ -175,13 +172,13 @@ class RunFolder:
             if reconstruction:  # `Policy.reconstruction`: a report must say so beside the figures
                 metrics["reconstruction"] = reconstruction
             metrics["settings_hash"] = self._settings_hash
-            metrics = write_metrics(self.path / METRICS, metrics)
+            written = write_metrics(self.path / METRICS, metrics)
             if refused:
                 raise refused
             self._drawing = (data, f"{policy}, {model}, budget {budget}") if keys else None
         if plot:
             self.draw()
-        return metrics
+        return written
 
     def draw(self) -> None:
         """retention.png, if it is not there, after `finish`. A run is worth more than its picture: whatever is against
@@ -190,7 +187,7 @@ class RunFolder:
         if self._drawing is None or picture.exists():
             return
         try:
-            with self._turn(), replacing(picture) as part:
+            with self._lock.turn(), replacing(picture) as part:
                 plot_retention(self._drawing[0], part, self._drawing[1])
         except Exception as error:
             log.warning("not drawn, the next call tries again: %s", " ".join(f"{error}".split()) or repr(error))
@@ -209,42 +206,6 @@ class RunFolder:
 
     # --- opening ---
 
-    def _take_lock(self) -> TextIO:
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / ".lock").open("w")
-        except OSError as error:
-            raise InputError(f"{self.path}: cannot write the results folder ({error.strerror})") from None
-        try:
-            kind = fcntl.LOCK_SH if self._shared else fcntl.LOCK_EX
-            fcntl.flock(lock, kind | fcntl.LOCK_NB)  # the system frees it when the process dies
-        except BlockingIOError:
-            lock.close()
-            raise InputError(
-                f"{self.path}: another process is writing this results folder; wait for it or stop it"
-            ) from None
-        except OSError as error:
-            log.warning("%s: this file system cannot lock (%s); start no second run here", self.path, error.strerror)
-        return lock
-
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
-        """Alone with the folder's files; never nested."""
-        if not self._shared:
-            yield
-            return
-        with writing(self.path / ".turn"):
-            turn = (self.path / ".turn").open("w")
-        with turn as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # freed when closed
-            except OSError as error:
-                raise InputError(
-                    f"{self.path}: this file system cannot lock ({error.strerror}), so jobs cannot share it; "
-                    "valid: another output_root, or cluster=local"
-                ) from None
-            yield
-
     def _open(
         self, settings: Mapping[str, Any], config: str, environment: Mapping[str, Any] | None, overwrite: bool
     ) -> None:
@@ -255,11 +216,11 @@ class RunFolder:
             for name in (TRACES, CHOSEN):
                 shutil.rmtree(self.path / name, ignore_errors=True)
         self._settings_hash = settings_hash(settings)
-        self._check_settings(settings)
+        check_settings(self.path, settings)
         if config:
             write_whole(self.path / "config.yaml", config)
         if environment is not None:
-            self._write_environment(dict(environment))
+            write_environment(self.path, environment)
         self._read()
 
     def _read(self) -> None:
@@ -269,56 +230,14 @@ class RunFolder:
             self._table.add(record)
         self._kept = KeptFiles(self.path, self.mode)
 
-    def _check_settings(self, settings: Mapping[str, Any]) -> None:
-        path, ours = self.path / SETTINGS, canonical(settings)
-        there, damaged = path.exists(), ""
-        theirs: dict[str, Any] = {}
-        if there:
-            try:
-                theirs = read_small(path)
-            except (OSError, ValueError) as error:
-                damaged = why_unreadable(error)
-            if not damaged and canonical(theirs) == ours:
-                return
-        if (self.path / PREDICTIONS).exists() or there:
-            if self._metrics_before().get("settings_hash") == settings_hash(settings):
-                log.warning("%s: damaged; written anew, as %s says whose the folder is", path, METRICS)
-            elif not there:
-                raise InputError(f"{self.path}: holds predictions but no {SETTINGS}, so whose they are is unknown")
-            elif damaged:
-                raise InputError(f"{path}: damaged ({damaged}); run with overwrite=true to start this folder afresh")
-            else:
-                names = ", ".join(differences(theirs, json.loads(ours)))
-                raise InputError(f"{self.path}: its results were made with other settings ({names}); move it away")
-        write_whole(path, as_json(json.loads(ours), indent=2) + "\n")
-
-    def _write_environment(self, now: dict[str, Any]) -> None:
-        """The present environment; different earlier ones of the same folder are kept below it."""
-        path = self.path / "environment.json"
-        earlier: list[Any] = []
-        if path.exists():
-            try:
-                before = open_sealed(read_small(path))[0]
-                earlier = list(before.pop("earlier", []))
-                if before != json.loads(json.dumps(now)):
-                    earlier.append(before)
-            except (OSError, ValueError, TypeError) as error:
-                log.warning("%s: damaged (%s); written anew", path, why_unreadable(error))
-        content = {**now, **({"earlier": earlier} if earlier else {})}
-        write_whole(path, json.dumps(sealed(content), indent=2) + "\n")
-
     # --- writing ---
 
     def _rewrite(self) -> None:
         """predictions.jsonl with one line of each key: a folder in which samples run again does not grow for ever."""
         with replacing(self.path / PREDICTIONS) as part, part.open("wb") as file:
-            file.writelines(map(encode, self._table.all()))
+            file.writelines(record.line() for record in self._table.all())
         self._table.lines = Counter(self._table.records.keys())
         self._brought_back.clear()
-
-    def _write_line(self, record: dict[str, Any]) -> None:
-        append_whole(self.path / PREDICTIONS, encode(record))
-        self._table.add(record)
 
     def _measured(self, keys: Sequence[Key], data: Profile) -> dict[str, Any]:
         """The `retention` part of metrics.json."""
@@ -327,27 +246,12 @@ class RunFolder:
         records = self.records
         return summarise(data) | needle(self._kept.read(keys), records) | score_bias(records) | chosen(records)
 
-    def _metrics_before(self) -> dict[str, Any]:
-        """metrics.json as an earlier call left it; empty if there is none, or if it is damaged."""
-        path = self.path / METRICS
-        if not path.exists():
-            return {}
-        try:
-            return read_metrics(path)[0]
-        except (OSError, ValueError) as error:
-            log.warning(
-                "%s: damaged (%s); written anew, without earlier calls' peaks and missing samples",
-                path,
-                why_unreadable(error),
-            )
-            return {}
-
     def _with_earlier_versions(self, now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
         """`task_versions` names all tasks in the folder, also those of earlier calls and of other jobs."""
         versions = before.get("comparability", {}).get("task_versions")
         if not isinstance(versions, Mapping):
             versions = {}
-        present = {record["task"] for record in self.records}
+        present = {record.task for record in self.records}
         kept = {task: version for task, version in versions.items() if task in present}
         both = {**kept, **now.get("task_versions", {})}
         return {**now, "task_versions": dict(sorted(both.items()))} if both else dict(now)

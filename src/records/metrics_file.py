@@ -6,14 +6,17 @@ computes both from the predictions; only the processes' peaks are nowhere else, 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from src.files import write_whole
-from src.records.fields import is_budget, is_grid, is_name, is_number
 from src.records.files import pretty
-from src.records.seal import open_sealed, read_small, sealed
+from src.records.kinds import is_budget, is_grid, is_name, is_number
+from src.records.seal import open_sealed, read_small, sealed, why_unreadable
+
+log = logging.getLogger(__name__)
 
 UNCOVERED = ("speed", "memory")
 MEASURES = ("mean_position", "kl_uniform", "gini", "drift")
@@ -54,6 +57,21 @@ def read_metrics(path: Path) -> tuple[dict[str, Any], bool]:
     if why := _retention_fault(metrics["retention"]):
         raise ValueError(f"retention: {why}")
     return metrics, has_check
+
+
+def earlier_metrics(path: Path) -> dict[str, Any]:
+    """metrics.json as an earlier call left it; empty if there is none, or if it is damaged."""
+    if not path.exists():
+        return {}
+    try:
+        return read_metrics(path)[0]
+    except (OSError, ValueError) as error:
+        log.warning(
+            "%s: damaged (%s); written anew, without earlier calls' peaks and missing samples",
+            path,
+            why_unreadable(error),
+        )
+        return {}
 
 
 def _is_sample(value: Any) -> bool:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from src.files import write_whole
-from src.records.fields import fault
-from src.records.seal import as_json, open_sealed, read_object, sealed, why_unreadable
+from src.records.record import Record, read_line
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +17,7 @@ class Lines:
     """What a file of predictions holds.
 
     Attributes:
-        records: of the sound lines, without check values, in the order written.
+        records: of the sound lines, in the order written.
         raw: the sound lines as they stand in the file, each with its line end.
         damaged: number (from 1) of every other line, and what is wrong with it.
         torn: bytes of a last line that was not written to its end.
@@ -28,7 +25,7 @@ class Lines:
         before: no line carries a check value: the file is from before there were any.
     """
 
-    records: tuple[dict[str, Any], ...]
+    records: tuple[Record, ...]
     raw: tuple[bytes, ...]
     damaged: tuple[tuple[int, str], ...]
     torn: int
@@ -43,11 +40,6 @@ class Lines:
         return f"{path}:{numbers}: damaged ({self.damaged[0][1]})"
 
 
-def encode(record: Mapping[str, Any]) -> bytes:
-    """A record as its line, with the check value. Raises ValueError: a number that is not finite."""
-    return (as_json(sealed(record)) + "\n").encode()
-
-
 def parse(path: Path, checked: bool = False) -> Lines:
     """Read the file; never fails over what a line holds.
 
@@ -56,7 +48,7 @@ def parse(path: Path, checked: bool = False) -> Lines:
     """
     with path.open("rb") as file:
         lines = file.readlines()  # bytes: only line ends split, never a separator inside a prediction
-    read = [_read(line) for line in lines]
+    read = [read_line(line) for line in lines]
     checked = checked or any(has_check for _, has_check, _ in read)
     records, raw, damaged, torn = [], [], [], 0
     for number, (line, (record, has_check, why)) in enumerate(zip(lines, read, strict=True), 1):
@@ -71,7 +63,7 @@ def parse(path: Path, checked: bool = False) -> Lines:
     return Lines(tuple(records), tuple(raw), tuple(damaged), torn, unclosed, bool(records) and not checked)
 
 
-def repair(path: Path) -> list[dict[str, Any]]:
+def repair(path: Path) -> list[Record]:
     """Read the records. A line that is torn or damaged is dropped, so that its sample runs again; lines from before
     check values get theirs.
 
@@ -89,17 +81,7 @@ def repair(path: Path) -> list[dict[str, Any]]:
         log.warning("%s: the last line lacked its line end; added", path)
     if lines.before:
         log.warning("%s: from before lines carried check values; taken as it is, and given them now", path)
-        write_whole(path, b"".join(map(encode, lines.records)))
+        write_whole(path, b"".join(record.line() for record in lines.records))
     elif lines.torn or lines.damaged or lines.unclosed:
         write_whole(path, b"".join(lines.raw))
     return list(lines.records)
-
-
-def _read(line: bytes) -> tuple[dict[str, Any] | None, bool, str]:
-    """The record, whether the line carries a check value, and what is wrong."""
-    try:
-        record, has_check = open_sealed(read_object(line))
-    except ValueError as error:
-        return None, b'"check"' in line, why_unreadable(error)
-    why = fault(record)
-    return (None if why else record), has_check, why or ""

@@ -6,10 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from src.compare.matched import Study
-from src.compare.runs import Key, Run
+from src.compare.runs import Run
 from src.errors import InputError
 from src.retention.measures import capacity
-from src.retention.store import load_retention
+from src.retention.store import Key, load_retention
 
 CUT = 1500  # characters of a prediction that are shown
 MAP_SAMPLES = 96  # per run; the mean over them is stable long before
@@ -62,15 +62,15 @@ def _contrast(study: Study, row: int) -> Contrast:
     for run in study.runs:
         record = run.records.get(key)
         if record is not None:
-            error = str(record["error"]) if record.get("error") else None
-            said = "" if error else str(record.get("prediction") or "")
-            groups.setdefault((said, record.get("score"), error), []).append(run)
+            error = record.error or None
+            said = "" if error else record.prediction or ""
+            groups.setdefault((said, record.score, error), []).append(run)
     answers = [Answer(text, score, tuple(runs), error) for (text, score, error), runs in groups.items()]
     answers.sort(key=lambda a: (a.error is not None, -(a.score if a.score is not None else -1.0)))
     first = next(run.records[key] for run in study.runs if key in run.records)
     low, high = float(np.nanmin(study.scores[row])), float(np.nanmax(study.scores[row]))
-    expected = tuple(str(a) for a in first.get("answers") or ())
-    return Contrast(key, expected, first.get("prompt_tokens"), low, high, tuple(answers))
+    expected = tuple(first.answers or ())
+    return Contrast(key, expected, first.prompt_tokens, low, high, tuple(answers))
 
 
 @dataclass(frozen=True)

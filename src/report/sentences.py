@@ -204,7 +204,7 @@ def _notes(row: Row) -> list[tuple[str, str]]:
     run, found = row.run, []
     if run.reconstruction:
         found.append((f"Our reconstruction: {one_line(run.reconstruction)}", ""))
-    records = [r for r in run.records.values() if not r.get("error")]
+    records = [r for r in run.records.values() if not r.error]
     of = f"of {len(records)}"
     peak, after = row.memory("kv_bytes_peak_mean"), row.memory("kv_bytes_mean")
     if peak and after and not run.full:
@@ -213,7 +213,7 @@ def _notes(row: Row) -> list[tuple[str, str]]:
             found.append((grows, f"{100 * peak / after:.0f} %"))
         else:
             found.append(("The cache stays within its budget while decoding", ""))
-    whole = sum((r.get("kv_bytes") or 0) >= (r.get("kv_bytes_full") or np.inf) for r in records)
+    whole = sum((r.kv_bytes or 0) >= (r.kv_bytes_full or np.inf) for r in records)
     if whole and not run.full:
         found.append(("The prompt fitted the budget, so that nothing was evicted, in", f"{whole} {of} samples"))
     extra = row.memory("bookkeeping_bytes_mean")
@@ -223,12 +223,12 @@ def _notes(row: Row) -> list[tuple[str, str]]:
         options = ", ".join(f"{k}={v}" for k, v in sorted(run.options.items()))
         found.append(("Options", options))
     for sentence, number_of in (
-        ("Answers that ended at the token limit", sum(r.get("finish") == "length" for r in records)),
-        ("Prompts cut in the middle to fit", sum(bool(r.get("truncated")) for r in records)),
+        ("Answers that ended at the token limit", sum(r.finish == "length" for r in records)),
+        ("Prompts cut in the middle to fit", sum(bool(r.truncated) for r in records)),
     ):
         if number_of:
             found.append((sentence, f"{number_of} {of}"))
-    reasons = Counter(str(r["error"]).strip().split("\n")[0] for r in run.records.values() if r.get("error"))
+    reasons = Counter(r.error.strip().split("\n")[0] for r in run.records.values() if r.error)
     found += [(f"Failed samples ({reason})", str(count)) for reason, count in reasons.most_common(3)]
     return found
 

@@ -73,7 +73,7 @@ def tasks_table(analysis: Analysis) -> Table:
                 continue
             mean, n = row.tasks[task]
             stderr = float(macro_stderr(study.scores[here][:, [column]], study.task_of[here])[0][0])
-            failed = sum(bool(r.get("error")) for key, r in row.run.records.items() if key[0] == task)
+            failed = sum(bool(record.error) for key, record in row.run.records.items() if key[0] == task)
             cells = [
                 Cell(task),
                 Cell(str(n), n),

@@ -9,9 +9,7 @@ Written into a run's folder with `retention=positions`, one file per sample, bes
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +17,7 @@ import torch
 from src.engine.request import Generation
 from src.errors import InputError
 from src.files import Npz, file_name, write_npz
+from src.records.record import Record
 from src.retention.trace import CHOSEN
 
 
@@ -39,12 +38,12 @@ def chosen_path(run: Path, task: str, sample: str) -> Path:
     return run / CHOSEN / f"{file_name(task, sample)}.npz"
 
 
-def has_chosen(run: Path, record: Mapping[str, Any]) -> bool:
+def has_chosen(run: Path, record: Record) -> bool:
     """Is a readable file there of a sample whose policy chose? Always true of the others."""
-    if not record.get("chosen_positions"):
+    if not record.measures.get("chosen_positions"):
         return True
     try:
-        with Npz(chosen_path(run, record["task"], record["id"])) as found:
+        with Npz(chosen_path(run, record.task, record.id)) as found:
             return all(found[name].size for name in ("positions", "picks", "prompt_tokens", "steps"))
     except (OSError, InputError):
         return False

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import TracebackType
-from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -17,6 +16,7 @@ from rich.text import Text
 
 from evals.visible import visible
 from src.config.cells import CellConfig
+from src.records.record import Record
 
 QUIET_SECONDS = 20.0  # between two lines where there is no terminal to draw on
 
@@ -64,13 +64,13 @@ class Progress:
         self._skipped += 1
         self._advance()
 
-    def done(self, cell: CellConfig, record: Mapping[str, Any]) -> None:
+    def done(self, cell: CellConfig, record: Record) -> None:
         """A pair finished now."""
         total, n, failed = self.sums[cell]
-        if record.get("error"):
+        if record.error or record.score is None:
             self.sums[cell] = (total, n, failed + 1)
         else:
-            self.sums[cell] = (total + record["score"], n + 1, failed)
+            self.sums[cell] = (total + record.score, n + 1, failed)
         self._advance()
 
     def _advance(self) -> None:

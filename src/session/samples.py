@@ -6,7 +6,7 @@ import hashlib
 import json
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from evals.metrics import extra_scores, score_sample
@@ -17,6 +17,7 @@ from src.config.settings import SessionSettings
 from src.engine.request import Generation, Request
 from src.errors import InputError
 from src.models.load import LoadedModel
+from src.records.record import Record, reserved
 from src.retention.store import Key
 
 
@@ -76,47 +77,49 @@ def reference(one: Prepared, model: LoadedModel, longest: int) -> list[int]:
     return model.fit_ids(ids[:longest])
 
 
-def to_record(one: Prepared, result: Generation, model: LoadedModel, cfg: SessionSettings) -> dict[str, Any]:
-    """The line of predictions.jsonl."""
-    sample = one.sample
-    record = {**describe(sample), "prompt_hash": one.key[2], "prompt_tokens": len(one.ids)}
-    record["truncated"] = one.prompt.truncated
-    if result.request.context_tokens is not None:
-        record["context_tokens"] = result.request.context_tokens  # what was cut; kept positions are of these
-    if one.prompt.needle and one.prompt.needle[1] <= record.get("context_tokens", len(one.ids)):
-        record["needle"] = list(one.prompt.needle)  # positions start .. stop - 1 of the sentence that was asked for
+def to_record(one: Prepared, result: Generation, model: LoadedModel, cfg: SessionSettings) -> Record:
+    """What becomes of the sample: a line of predictions.jsonl."""
+    context, needle = result.request.context_tokens, one.prompt.needle
+    start = Record(
+        **describe(one.sample),
+        prompt_hash=one.key[2],
+        prompt_tokens=len(one.ids),
+        truncated=one.prompt.truncated,
+        context_tokens=context,
+        needle=list(needle) if needle and needle[1] <= (len(one.ids) if context is None else context) else None,
+    )
     if result.error:
-        return {**record, **failed(result.error)}
-    said = spoken(one, result, model)
-    score = score_sample(sample.task, said.answer, sample.answers, sample.all_classes, cfg.edit_similarity)
-    found = {
-        **record,
-        "prediction": said.text,
-        **said.thought,
-        "new_tokens": len(result.tokens),
-        # Only where the text went beyond the positions that the model was made for, and by how many tokens.
-        **({"beyond_context": beyond} if (beyond := beyond_context(one, result, model)) > 0 else {}),
-        "finish": result.finish,
-        "score": 0.0 if said.thought.get("thought") == "unfinished" else score,
-        "extra_scores": extra_scores(sample.task, said.answer, sample.answers),
-        "kept": {"prompt": entries(result.kept_prompt), "end": entries(result.kept_end)},
-        "kv_bytes": result.kv_bytes,
-        **{f"kv_bytes_{k}": v for k, v in result.kv_bytes_by_device.items() if len(result.kv_bytes_by_device) > 1},
-        "kv_bytes_peak": result.kv_bytes_peak,
-        "kv_bytes_full": result.kv_bytes_full,
-        "bookkeeping_bytes": result.bookkeeping_bytes,
-        "seconds": result.prefill_seconds + result.decode_seconds,
-        "prefill_seconds": result.prefill_seconds,
-        "decode_seconds": result.decode_seconds,
-        "decode_steps": result.decode_steps,
-        "lanes": result.lanes,
-        "fidelity": result.fidelity,
-        "error": None,
-    }
-    if taken := sorted(found.keys() & result.extra.keys()):  # a policy's figure must not pass for the score
+        return failed(start, result.error)
+    if taken := reserved(result.extra):  # a policy's figure must not pass for the score
         name = type(result.variant.policy).__name__
-        return {**record, **failed(f"policy {name}: measures gave {taken[0]!r}; expected names that no record has")}
-    return {**found, **result.extra}
+        return failed(start, f"policy {name}: measures gave {taken[0]!r}; expected names that no record has")
+    said = spoken(one, result, model)
+    score = score_sample(one.sample.task, said.answer, one.sample.answers, one.sample.all_classes, cfg.edit_similarity)
+    split = result.kv_bytes_by_device if len(result.kv_bytes_by_device) > 1 else {}
+    return replace(
+        start,
+        prediction=said.text,
+        **said.thought,
+        new_tokens=len(result.tokens),
+        beyond_context=beyond_context(one, result, model),
+        finish=result.finish,
+        score=0.0 if said.thought.get("thought") == "unfinished" else score,
+        extra_scores=extra_scores(one.sample.task, said.answer, one.sample.answers),
+        kept={"prompt": entries(result.kept_prompt), "end": entries(result.kept_end)},
+        kv_bytes=result.kv_bytes,
+        kv_bytes_device=split.get("device"),
+        kv_bytes_host=split.get("host"),
+        kv_bytes_peak=result.kv_bytes_peak,
+        kv_bytes_full=result.kv_bytes_full,
+        bookkeeping_bytes=result.bookkeeping_bytes,
+        seconds=result.prefill_seconds + result.decode_seconds,
+        prefill_seconds=result.prefill_seconds,
+        decode_seconds=result.decode_seconds,
+        decode_steps=result.decode_steps,
+        lanes=result.lanes,
+        fidelity=result.fidelity,
+        measures=result.extra,
+    )
 
 
 @dataclass(frozen=True)
@@ -157,17 +160,20 @@ def spoken(one: Prepared, result: Generation, model: LoadedModel) -> Spoken:
     return Spoken(marked[: found.end] + plain(marked[found.end :]), answer, fields)
 
 
-def beyond_context(one: Prepared, result: Generation, model: LoadedModel) -> int:
-    return len(one.ids) + len(result.tokens) - model.context_length
+def beyond_context(one: Prepared, result: Generation, model: LoadedModel) -> int | None:
+    """By how many tokens the text went beyond the positions that the model was made for; None: it did not."""
+    beyond = len(one.ids) + len(result.tokens) - model.context_length
+    return beyond if beyond > 0 else None
 
 
-def malformed_record(sample: Sample) -> dict[str, Any]:
-    """The line for a row that has no prompt."""
+def malformed_record(sample: Sample) -> Record:
+    """The record of a row that has no prompt."""
     assert sample.error
-    return {**describe(sample), "prompt_hash": "", "prompt_tokens": 0, "truncated": False, **failed(sample.error)}
+    return failed(Record(**describe(sample), prompt_hash="", prompt_tokens=0, truncated=False), sample.error)
 
 
 def describe(sample: Sample) -> dict[str, Any]:
+    """A record's fields that are the sample's own."""
     return {
         "task": sample.task.name,
         "metric": sample.task.metric,
@@ -178,8 +184,8 @@ def describe(sample: Sample) -> dict[str, Any]:
     }
 
 
-def failed(reason: str) -> dict[str, Any]:
-    return {"prediction": "", "new_tokens": 0, "score": None, "error": reason}
+def failed(start: Record, reason: str) -> Record:
+    return replace(start, prediction="", new_tokens=0, score=None, error=reason)
 
 
 def entries(kept: Sequence[Any]) -> int | list[int]:

@@ -34,9 +34,11 @@ from src.records.earlier import begun_anew
 from src.records.environment import environment
 from src.records.files import run_path
 from src.records.folder import RunFolder
+from src.records.record import Record
 from src.retention.store import Kept
 from src.retention.trace import made_with, trace_path
 from src.session.chosen import has_chosen, save_chosen
+from src.session.comparability import comparability, outcome_settings
 from src.session.progress import Progress
 from src.session.samples import Prepared, malformed_record, prepare, refuse_missing_references, to_record, to_request
 from src.session.trace_probe import TraceProbe
@@ -229,10 +231,9 @@ class Session:
             kept = None if result.error else Kept(result.kept_prompt, result.kept_end)
             trace = self.tracing.take(result) if self.tracing else None
             if trace and not result.error:
-                trace.save(trace_path(cell.folder.path, record["task"], record["id"]))
+                trace.save(trace_path(cell.folder.path, record.task, record.id))
             if self.cfg.retention == "positions" and not result.error:
-                cut = record.get("context_tokens", record["prompt_tokens"])
-                save_chosen(cell.folder.path, record["task"], record["id"], result, cut)
+                save_chosen(cell.folder.path, record.task, record.id, result, record.cut)
             self._keep(cell, record, kept, progress)
             open_cells[result.request.name] -= 1
             if not open_cells[result.request.name]:
@@ -252,19 +253,19 @@ class Session:
         self.without_positions += not there
         return there
 
-    def _keep(self, cell: Cell, record: dict[str, Any], kept: Kept | None, progress: Progress) -> None:
+    def _keep(self, cell: Cell, record: Record, kept: Kept | None, progress: Progress) -> None:
         """Onto the disk, to the tracker, onto the screen."""
-        if not (record["error"] and cell.folder.holds(record)):  # the same malformed row is written once
+        if not (record.error and cell.folder.holds(record)):  # the same malformed row is written once
             cell.folder.append(record, kept)
             cell.tracker.log_sample(record)
         progress.done(cell.config, record)
-        self.failed += bool(record["error"])
-        self.unfinished += record.get("thought") == "unfinished"
-        if str(record["error"]).startswith("policy "):
-            self.faults[f"{cell.config.shown}: {record['error']}"] += 1
+        self.failed += bool(record.error)
+        self.unfinished += record.thought == "unfinished"
+        if record.error and record.error.startswith("policy "):
+            self.faults[f"{cell.config.shown}: {record.error}"] += 1
 
     def _open(self, cell: CellConfig) -> RunFolder:
-        settings = self._settings(cell)
+        settings = outcome_settings(self.cfg, self.model, cell)
         path = run_path(self.cfg.output_root, self.model.name, cell.label, cell.budget_name, settings)
         if line := begun_anew(path, settings):
             self.anew.append(line)
@@ -279,59 +280,9 @@ class Session:
         )
 
     def _track(self, cell: CellConfig, folder: RunFolder, tracking: Tracking) -> Tracker:
-        config = {"settings": self._settings(cell), "tasks": self.cfg.composed["tasks"]}
+        config = {"settings": outcome_settings(self.cfg, self.model, cell), "tasks": self.cfg.composed["tasks"]}
         name = f"{self.model.name} {cell.label} {cell.budget_name}"
         return tracking.start(folder.path, config, name, done=len(folder.records))
-
-    def _settings(self, cell: CellConfig) -> dict[str, Any]:
-        """Every setting that changes a sample's outcome; `tasks` and `limit` only choose samples."""
-        cfg, model = self.cfg, self.model
-        return {
-            "policy": cell.settings,
-            **cell.found,
-            "budget": cell.budget,
-            "model": {
-                "name": model.name,
-                "source": model.source,
-                "fingerprint": model.fingerprint,
-                "dtype": str(model.dtype).removeprefix("torch."),
-                "chat": model.chat,
-                "chat_template": cfg.model.chat_template,
-                "template_kwargs": dict(model.form.kwargs),
-                **model.form.settings,
-                "stop_ids": sorted(model.stop_ids),
-                "max_prompt_tokens": model.max_prompt_tokens,
-            },
-            "seed": cfg.seed,
-            "prompt_scope": cfg.prompt_scope,
-            "max_new_tokens": cfg.max_new_tokens,
-            **self._min_new_tokens(),
-            "edit_similarity": cfg.edit_similarity,
-        }
-
-    def _min_new_tokens(self) -> dict[str, int]:
-        """Only where it was set, so that folders of the usual runs keep their names."""
-        least = self.cfg.min_new_tokens
-        return {} if least is None else {"min_new_tokens": least}
-
-    def _comparability(self) -> dict[str, Any]:
-        return {
-            "max_prompt_tokens": self.model.max_prompt_tokens,
-            "chat_template": self.model.chat,
-            **self.model.form.settings,
-            **({"thinking": self.model.form.thinking_note} if self.model.form.thinking_note else {}),
-            "rouge": "rouge 1.0.1",
-            "edit_similarity": self.cfg.edit_similarity,
-            "prompt_scope": self.cfg.prompt_scope,
-            "max_new_tokens": self.cfg.max_new_tokens,
-            **self._min_new_tokens(),
-            **({"beyond_context": True} if self.beyond_context else {}),
-            "random_weights": self.model.random_weights,
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-            "weights": self.model.source,
-            "model_fingerprint": self.model.fingerprint,
-            "task_versions": {s.task.name: s.task.version for s in self.samples},
-        }
 
     def _close_all(self, without: bool) -> list[Exception]:
         """Finish and free every folder (`without` finishing them); what is against one costs no other.
@@ -360,11 +311,12 @@ class Session:
             "peak_prefill_bytes": memory.peaks.get("prefill"),
             "peak_decode_bytes": memory.peaks.get("decode"),
         }
+        versions = {s.task.name: s.task.version for s in self.samples}
         return cell.folder.finish(
             policy=cell.config.label,
             model=self.model.name,
             budget=cell.config.budget,
-            comparability=self._comparability(),
+            comparability=comparability(self.cfg, self.model, versions, self.beyond_context),
             task_metrics={s.task.name: s.task.metric for s in self.samples},
             peaks=peaks,
             asked={(s.task.name, s.id) for s in self.samples},

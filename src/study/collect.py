@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from src.compare.intervals import RESAMPLES, Array, bootstrap_intervals, holm, sign_flip_pvalues
-from src.compare.matched import Study, make_study
+from src.compare.matched import Study, fidelity, make_study
 from src.compare.runs import cell_columns
 from src.errors import InputError
+from src.records.record import Record
 from src.study.retention_tables import octave_table, retention_table
 
-MEASURES = ("score", "nll", "kl", "top1", "output_error")
-SIZES = ("kv_bytes", "kv_bytes_peak", "kv_bytes_full", "bookkeeping_bytes")
-SOMETIMES = ("kv_bytes_device", "codebook_bytes", "chosen_share")
+Read = Callable[[Record], Any]
+MEASURES: dict[str, Read] = {
+    "score": lambda record: record.score,
+    **{name: fidelity(name) for name in ("nll", "kl", "top1", "output_error")},
+}
+SIZES: dict[str, Read] = {
+    "kv_bytes": lambda record: record.kv_bytes,
+    "kv_bytes_peak": lambda record: record.kv_bytes_peak,
+    "kv_bytes_full": lambda record: record.kv_bytes_full,
+    "bookkeeping_bytes": lambda record: record.bookkeeping_bytes,
+    "kv_bytes_device": lambda record: record.kv_bytes_device,
+    "codebook_bytes": lambda record: record.measures.get("codebook_bytes"),
+    "chosen_share": lambda record: record.measures.get("chosen_share"),
+}
 COMPARED = ("score", "kl", "nll")
 TABLES = ("cells", "retention", "octaves", "differences")
 
@@ -46,7 +59,7 @@ def collect(
 
 def long_enough(study: Study, min_prompt: int) -> Study:
     """The study without its samples of fewer than `min_prompt` prompt tokens."""
-    lengths = np.nanmax(study.values("prompt_tokens"), axis=1)
+    lengths = np.nanmax(study.values(lambda record: record.prompt_tokens), axis=1)
     rows = np.flatnonzero(~(lengths < min_prompt))
     if not rows.size:
         raise InputError(f"--min-prompt {min_prompt}: no sample is that long; the longest has {np.nanmax(lengths):.0f}")
@@ -61,7 +74,8 @@ def long_enough(study: Study, min_prompt: int) -> Study:
 
 def cells(study: Study, resamples: int = RESAMPLES) -> pd.DataFrame:
     """Scores, fidelity and sizes of every run, over all tasks and for each."""
-    values = {name: measured(study, name) for name in (*MEASURES, *SIZES, *SOMETIMES, "prompt_tokens")}
+    values = {name: study.values(read) for name, read in {**MEASURES, **SIZES}.items()}
+    lengths = study.values(lambda record: record.prompt_tokens)
     found = []
     for task in (None, *range(len(study.tasks))):
         rows = np.full(len(study.keys), True) if task is None else study.task_of == task
@@ -74,20 +88,15 @@ def cells(study: Study, resamples: int = RESAMPLES) -> pd.DataFrame:
             line = cell_columns(run) | {
                 "task": "all" if task is None else study.tasks[task],
                 "n": score.n,
-                "failed": sum(bool(record.get("error")) for record in own),
-                "prompt_tokens": mean(values["prompt_tokens"][rows, column]),
+                "failed": sum(bool(record.error) for record in own),
+                "prompt_tokens": mean(lengths[rows, column]),
             }
             for name in MEASURES:
                 interval = intervals[name][column]
                 line |= {name: interval.estimate, f"{name}_low": interval.low, f"{name}_high": interval.high}
             line["stderr"] = score.stderr
-            found.append(line | {name: mean(values[name][rows, column]) for name in (*SIZES, *SOMETIMES)})
+            found.append(line | {name: mean(values[name][rows, column]) for name in SIZES})
     return pd.DataFrame(found)
-
-
-def measured(study: Study, name: str) -> Array:
-    """One number of every record, `(samples, runs)`, NaN where there is none."""
-    return study.values(name, "fidelity" if name in MEASURES and name != "score" else None)
 
 
 def mean(values: Array) -> float:
@@ -99,7 +108,7 @@ def differences(study: Study, baseline: str | None, resamples: int = RESAMPLES) 
     """Every run minus the baseline at its budget, or minus the full cache."""
     found = []
     for name in COMPARED:
-        values = measured(study, name)
+        values = study.values(MEASURES[name])
         pairs = []
         for column, run in enumerate(study.runs):
             other = study.full if baseline is None else study.column(str(study.baseline), run.budget)
@@ -122,7 +131,7 @@ def readme(study: Study, commands: Sequence[str], own: str, name: str) -> str:
     """What a reader of the tables must know."""
     gits = [run.environment["git"] for run in study.runs if run.environment.get("git")]
     versions = sorted({f"{git['commit'][:12]}{' (changed)' if git.get('changed') else ''}" for git in gits})
-    lengths = [r["prompt_tokens"] for run in study.runs for r in run.records.values() if r.get("prompt_tokens")]
+    lengths = [r.prompt_tokens for run in study.runs for r in run.records.values() if r.prompt_tokens]
     lines = [f"# {name}", "", "Made by", "", *(f"    {command}" for command in (*commands, own)), ""]
     lines += [
         f"- model: {study.model}",

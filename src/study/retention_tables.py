@@ -10,10 +10,10 @@ from scipy.stats import norm, t
 
 from src.compare.intervals import CELLS, RESAMPLES, Array, Interval, bootstrap_intervals
 from src.compare.matched import Study
-from src.compare.runs import Key, Run, cell_columns
+from src.compare.runs import Run, cell_columns
 from src.retention import measures as retention
 from src.retention.profile import BINS_TO_TENTHS
-from src.retention.store import BINS, KeptSample, load_retention
+from src.retention.store import BINS, KeptSample, Key, load_retention
 
 DECILES = tuple(f"decile_{i:02}" for i in range(1, 11))
 COLUMNS = ["model", "policy", "options", "budget"]
@@ -53,7 +53,7 @@ def needles(run: Run, samples: list[KeptSample]) -> dict[str, list[float]]:
     """Of each sample's answering sentence, where it is known, the share kept: mean over layers and heads."""
     found: dict[str, list[float]] = {"needle": [], "needle_end": []}
     for sample in samples:
-        span = run.records[sample.key].get("needle")
+        span = run.records[sample.key].needle
         if span and not sample.binned:
             for name, moment in (("needle", "prompt"), ("needle_end", "end")):
                 found[name].append(float(retention.share_of_span_kept(sample.kept(moment), *span).mean()))
@@ -63,7 +63,7 @@ def needles(run: Run, samples: list[KeptSample]) -> dict[str, list[float]]:
 def chosen_shares(run: Run, wanted: set[Key]) -> Array:
     """`(samples, 10)` shares of the chosen tokens in each tenth of the prompt, where a policy chooses at each step."""
     records = [record for key, record in run.records.items() if key in wanted]
-    bins = [r["chosen_positions"] for r in records if any(r.get("chosen_positions") or ())]
+    bins = [found for r in records if any(found := r.measures.get("chosen_positions") or ())]
     return np.array(bins, dtype=float).reshape(-1, BINS) @ BINS_TO_TENTHS
 
 
@@ -80,7 +80,7 @@ def slopes(run: Run, wanted: set[Key]) -> dict[str, list[float]]:
     records = [record for key, record in run.records.items() if key in wanted]
     found = {}
     for name in ("score_slope", "score_slope_theory"):
-        means = [retention.nan_mean(np.array(record[name], dtype=float)) for record in records if record.get(name)]
+        means = [retention.nan_mean(np.array(each, float)) for r in records if (each := r.measures.get(name))]
         found[name] = [mean for mean in means if mean is not None]  # None: scores that have no slope (negative ones)
     return found
 
@@ -134,7 +134,7 @@ def octave_table(study: Study, resamples: int = RESAMPLES) -> pd.DataFrame:
     found = []
     for run in study.runs:
         records = [run.records[key] for key in study.keys if key in run.records]
-        layers = [np.array(r["score_by_octave"], float) for r in records if r.get("score_by_octave")]
+        layers = [np.array(each, float) for r in records if (each := r.measures.get("score_by_octave"))]
         if not layers:
             continue
         common = min(sample.shape[1] for sample in layers)

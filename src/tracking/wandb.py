@@ -18,23 +18,24 @@ from typing import Any
 
 from src.errors import InputError
 from src.files import write_whole
+from src.records.record import Record
 from src.tracking.server import key_configured, one_line, server, server_answers, within
 
 MODES = ("auto", "online", "offline", "disabled")
 VALID_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 RUN_ID = "wandb_id"  # file in a run's folder, so that a resumed run goes on in the same W&B run
-TABLE = (
-    "task",
-    "id",
-    "score",
-    "prediction",
-    "answers",
-    "prompt_tokens",
-    "new_tokens",
-    "kv_bytes",
-    "seconds",
-    "error",
-)
+TABLE: dict[str, Callable[[Record], Any]] = {
+    "task": lambda record: record.task,
+    "id": lambda record: record.id,
+    "score": lambda record: record.score,
+    "prediction": lambda record: record.prediction,
+    "answers": lambda record: record.answers,
+    "prompt_tokens": lambda record: record.prompt_tokens,
+    "new_tokens": lambda record: record.new_tokens,
+    "kv_bytes": lambda record: record.kv_bytes,
+    "seconds": lambda record: record.seconds,
+    "error": lambda record: record.error,
+}
 
 # Host name, command line, script and interpreter stay out of W&B's files: wandb looks them up where nothing is said,
 # so something is said. `x_disable_meta` keeps back what its service process would find out by itself.
@@ -56,21 +57,21 @@ class Tracker(ABC):
     """What a run tells the outside world. Made by `Tracking.start`, ended by `finish`."""
 
     @abstractmethod
-    def log_sample(self, record: Mapping[str, Any]) -> None:
+    def log_sample(self, record: Record) -> None:
         """One finished sample."""
 
     @abstractmethod
-    def finish(self, metrics: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> None:
+    def finish(self, metrics: Mapping[str, Any], records: Sequence[Record]) -> None:
         """The run's end: final figures, predictions, retention. Nothing may be logged after it."""
 
 
 class NoTracker(Tracker):
     """Tracks nothing."""
 
-    def log_sample(self, record: Mapping[str, Any]) -> None:
+    def log_sample(self, record: Record) -> None:
         pass
 
-    def finish(self, metrics: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> None:
+    def finish(self, metrics: Mapping[str, Any], records: Sequence[Record]) -> None:
         pass
 
 
@@ -197,22 +198,27 @@ class WandbTracker(Tracker):
         self._broken = False
         self._attempt(lambda: run.define_metric("*", step_metric="samples"))
 
-    def log_sample(self, record: Mapping[str, Any]) -> None:
+    def log_sample(self, record: Record) -> None:
         self._samples += 1
-        names = ("score", "seconds", "kv_bytes", "prompt_tokens", "new_tokens")
-        values = {f"sample/{n}": record[n] for n in names if record.get(n) is not None}
-        if record.get("score") is not None:
-            values[f"sample/{record['task']}/score"] = record["score"]
+        found = {
+            "score": record.score,
+            "seconds": record.seconds,
+            "kv_bytes": record.kv_bytes,
+            "prompt_tokens": record.prompt_tokens,
+            "new_tokens": record.new_tokens,
+            f"{record.task}/score": record.score,
+        }
+        values = {f"sample/{name}": value for name, value in found.items() if value is not None}
         self._attempt(lambda: self._run.log({"samples": self._samples, **values}))
 
-    def finish(self, metrics: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> None:
+    def finish(self, metrics: Mapping[str, Any], records: Sequence[Record]) -> None:
         self._attempt(lambda: self._log_end(metrics, records))
         code = int(bool(metrics.get("failed")))
         done, result = within(self._tracking.finish_timeout + 10, lambda: self._run.finish(code))
         if not done or isinstance(result, BaseException):
             log.warning("W&B did not finish its upload; `wandb sync %s/wandb/*run*` does it later", self._folder)
 
-    def _log_end(self, metrics: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> None:
+    def _log_end(self, metrics: Mapping[str, Any], records: Sequence[Record]) -> None:
         import numpy as np
         import wandb
 
@@ -232,11 +238,11 @@ class WandbTracker(Tracker):
             last["retention/layers"] = wandb.Image(str(picture))
         self._run.log(last)
 
-    def _table(self, records: Sequence[Mapping[str, Any]]) -> Any:
+    def _table(self, records: Sequence[Record]) -> Any:
         import wandb
 
         step = max(1, -(-len(records) // max(self._tracking.table_rows, 1)))
-        rows: list[Any] = [[_cell(record.get(name)) for name in TABLE] for record in records[::step]]
+        rows: list[Any] = [[_cell(read(record)) for read in TABLE.values()] for record in records[::step]]
         return wandb.Table(columns=list(TABLE), data=rows, allow_mixed_types=True)
 
     def _attempt(self, call: Callable[[], Any]) -> None:

@@ -32,6 +32,7 @@ FIELDS = {
         "fidelity",
         "error",
         "metric",
+        "schema_version",
     ),
 }
 

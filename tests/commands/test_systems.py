@@ -91,12 +91,12 @@ def test_chosen_tokens_that_are_gone_are_computed_again(common: list[str], codeb
     policy = ["policy=hcattention", "policy.groups=4", "policy.centroids=8", f"policy.codebooks={codebooks}"]
     arguments = [*common, *policy, "policy.tau=0.5", f"output_root={tmp_path}"]
     done = call("run", *arguments)
-    before = [(r["id"], r["prediction"], r["score"]) for r in load_records(done.folder)]
+    before = [(r.id, r.prediction, r.score) for r in load_records(done.folder)]
     first, second, *_ = sorted((done.folder / "chosen").glob("*.npz"))
     first.unlink()
     second.write_bytes(second.read_bytes()[:-40])
     assert "2 finished samples ran again" in call("run", *arguments).err
-    assert [(r["id"], r["prediction"], r["score"]) for r in load_records(done.folder)] == before
+    assert [(r.id, r.prediction, r.score) for r in load_records(done.folder)] == before
     for path in (first, second):
         with np.load(path) as found:
             assert sorted(found) == ["picks", "positions", "prompt_tokens", "steps"]
@@ -155,7 +155,7 @@ def test_traces_can_be_asked_for_later(common: list[str], tmp_path: Path) -> Non
     command = ["run", *common, "policy=h2o", "budget=48", f"output_root={tmp_path}"]
     first = call(*command)
     assert first.code == 0 and not (first.folder / "kept_over_time").exists()
-    answers = [r["prediction"] for r in load_records(first.folder)]
+    answers = [r.prediction for r in load_records(first.folder)]
     for every, written in (
         (2, 4),
         (2, 4),
@@ -164,7 +164,7 @@ def test_traces_can_be_asked_for_later(common: list[str], tmp_path: Path) -> Non
         done = call(*command, f"kept_over_time={every}")
         traces = [Trace.load(path) for path in (done.folder / "kept_over_time").glob("*.npz")]
         assert done.code == 0 and [trace.every for trace in traces] == [every, every]
-        assert [r["prediction"] for r in load_records(done.folder)] == answers
+        assert [r.prediction for r in load_records(done.folder)] == answers
         assert len((done.folder / "predictions.jsonl").read_text().splitlines()) == written
     assert call(*command, "overwrite=true").code == 0 and not (done.folder / "kept_over_time").exists()
 

@@ -17,6 +17,7 @@ from src.config.compose import compose, composing
 from src.config.settings import RunSettings, read_settings
 from src.engine.engine import Engine
 from src.engine.request import Job, Variant
+from src.records.record import Record
 from src.session.samples import prepare, to_record, to_request
 from tests.support import naive
 from tests.support.tiny import tiny_loaded
@@ -68,10 +69,10 @@ def test_a_scored_record(sample: Sample) -> None:
     variants = [Variant(H2O(), 40), Variant(Scope(strategy="discontinuous"), 40)]
     for result in Engine(loaded.model, 10).run([Job(request, variants)]):
         record = to_record(one, result, loaded, cfg)
-        assert record["finish"] == "length" and record["new_tokens"] == 30
-        assert record["score"] == 0 and set(record["extra_scores"]) == {"by_number"}
-        assert record["fidelity"]["tokens"] == 30
-        assert json.loads(json.dumps(record)) == record
+        assert record.finish == "length" and record.new_tokens == 30
+        assert record.score == 0 and set(record.extra_scores or ()) == {"by_number"}
+        assert record.fidelity and record.fidelity["tokens"] == 30
+        assert Record.of(json.loads(json.dumps(record.as_dict()))) == record
 
 
 def test_the_reference_output(sample: Sample) -> None:

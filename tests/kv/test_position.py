@@ -1,6 +1,7 @@
 """How scores depend on the position: slopes and octaves by hand, in records, and against the theory."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from src.engine.engine import Engine
 from src.engine.request import Generation, Job, Request, Variant
 from src.kv.position import log_slope, octave_means
 from src.kv.prompt import PromptAttention
+from src.records.record import Record
 from src.retention import measures as retention
 from src.retention.from_records import chosen, score_bias
 from tests.support import naive
@@ -94,29 +96,31 @@ def test_recorded_by_layer() -> None:
     assert abs(np.mean(uniform.extra["score_slope"])) < 0.3
 
 
+def record(task: str, **line: Any) -> Record:
+    return Record.of({"task": task, "id": "1", "prompt_hash": "aa", **line})
+
+
 def test_in_metrics_by_hand() -> None:
     records = [
-        {"task": "a", "score_slope": [[-1.0], [-0.5]], "score_slope_theory": [-0.8, -0.8]},
-        {"task": "b", "score_slope": [[-0.6], [None]], "score_slope_theory": [-0.6, -0.6]},
-        {"task": "b", "score": 3},
+        record("a", score_slope=[[-1.0], [-0.5]], score_slope_theory=[-0.8, -0.8]),
+        record("b", score_slope=[[-0.6], [None]], score_slope_theory=[-0.6, -0.6]),
+        record("b", score=3),
     ]
     found = score_bias(records)["score_slope"]
     assert found == {
         "samples": 2, "mean": -0.7, "theory": -0.7, "per_layer": [-0.8, -0.5], "per_head": [[-0.8], [-0.5]],
         "per_task": {"a": -0.75, "b": -0.6},
     }  # fmt: skip
-    assert score_bias([{"score": 3}]) == {}
+    assert score_bias([record("b", score=3)]) == {}
 
 
 def test_chosen_tokens_by_hand() -> None:
     first, last = [0.0] * 64, [0.0] * 64
     first[0], last[63], last[62] = 1.0, 0.25, 0.75
-    shared = {"chosen_by_layer": [3.0, 5.0], "chosen_share": 0.5, "prompt_tokens": 640}
     records = [
-        {"task": "a", "chosen_positions": first, **shared},
-        {"task": "b", "chosen_positions": last, "chosen_by_layer": [1.0, 1.0], "chosen_share": 0.25}
-        | {"prompt_tokens": 1280},
-        {"task": "b", "chosen_positions": [0.0] * 64},  # its steps chose no token of the prompt
+        record("a", chosen_positions=first, chosen_by_layer=[3.0, 5.0], chosen_share=0.5, prompt_tokens=640),
+        record("b", chosen_positions=last, chosen_by_layer=[1.0, 1.0], chosen_share=0.25, prompt_tokens=1280),
+        record("b", chosen_positions=[0.0] * 64),  # its steps chose no token of the prompt
     ]
     found = chosen(records)["chosen"]
     assert (found["samples"], found["share"], found["tokens_per_layer"]) == (2, 0.375, [2.0, 3.0])
@@ -126,7 +130,7 @@ def test_chosen_tokens_by_hand() -> None:
     kl = math.log(64) + 0.5 * math.log(0.5) + 0.375 * math.log(0.375) + 0.125 * math.log(0.125)
     assert found["kl_uniform"] == pytest.approx(kl, abs=1e-5)
     assert found["per_task"]["a"]["decile_shares"][0] == 1
-    assert chosen([{"score": 3}]) == {}
+    assert chosen([record("b", score=3)]) == {}
 
 
 def test_bfloat16_and_negative_scores() -> None:

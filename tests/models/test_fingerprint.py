@@ -146,14 +146,14 @@ def test_a_folder_without_fingerprint_is_not_continued_but_read(
 ) -> None:
     root = tmp_path / "out"
 
-    def as_before(self: session.Session, cell: Any) -> dict[str, Any]:
-        settings = settings_now(self, cell)
+    def as_before(*given: Any) -> dict[str, Any]:
+        settings = settings_now(*given)
         del settings["model"]["fingerprint"], settings["edit_similarity"]  # and another setting that came later
         return settings
 
-    settings_now = session.Session._settings
+    settings_now = session.outcome_settings
     with monkeypatch.context() as patch:
-        patch.setattr(session.Session, "_settings", as_before)
+        patch.setattr(session, "outcome_settings", as_before)
         old = run(folder, root, "policy=h2o", "budget=32").folder
     figures = json.loads((old / "metrics.json").read_text())
     del figures["comparability"]["model_fingerprint"]

@@ -14,7 +14,9 @@ from src.compare.matched import Study, make_study
 from src.errors import InputError
 from src.records.files import load_records
 from src.records.folder import RunFolder
-from src.records.predictions import encode, parse
+from src.records.predictions import parse
+from src.records.record import Record
+from src.records.seal import as_json, sealed
 from src.report.__main__ import main
 from src.report.formats import comma_separated
 from src.report.tables import make_tables, memory_table
@@ -50,8 +52,8 @@ def without_checks(folder: Path) -> None:
 
 def test_every_changed_bit_of_a_line_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / PREDICTIONS
-    sound = record("qasper", 1, 12.5, 64, prediction="a – b", fidelity={"kl": 0.25})
-    line, other = encode(sound), encode(record("qasper", 2, 50, 64))
+    sound = Record.of(record("qasper", 1, 12.5, 64, prediction="a – b", fidelity={"kl": 0.25}))
+    line, other = sound.line(), Record.of(record("qasper", 2, 50, 64)).line()
     path.write_bytes(line + other)
     assert parse(path).records[0] == sound and not parse(path).damaged
     for place in range(len(line) - 1):
@@ -59,7 +61,7 @@ def test_every_changed_bit_of_a_line_is_noticed(tmp_path: Path) -> None:
             changed = bytearray(line)
             changed[place] ^= 1 << bit
             path.write_bytes(bytes(changed) + other)
-            assert all(found == sound for found in parse(path).records if found["id"] != "qasper-002"), (place, bit)
+            assert all(found == sound for found in parse(path).records if found.id != "qasper-002"), (place, bit)
 
 
 def test_a_line_that_fails_is_dropped_said_and_the_file_made_sound(
@@ -92,7 +94,7 @@ def test_a_line_that_lost_its_check_is_no_line_of_before(tmp_path: Path) -> None
     first, second = path.read_text().splitlines()
     stripped = {name: value for name, value in json.loads(first).items() if name != "check"}
     path.write_text(json.dumps({**stripped, "score": 99.0}) + f"\n{second}\n")
-    assert [r["score"] for r in load_records(folder)] == [20]
+    assert [r.score for r in load_records(folder)] == [20]
     path.write_text(json.dumps({**stripped, "score": 99.0}) + "\n")  # alone; metrics.json has a check and knows
     with pytest.raises(InputError, match=r"predictions\.jsonl:1: damaged \(its check value is gone\)"):
         make_study([tmp_path])
@@ -230,7 +232,7 @@ def test_a_line_with_another_type_is_no_record(tmp_path: Path, name: str, before
     path = folder / PREDICTIONS
     kept = path.read_text().splitlines()
     bad = {**lines(10, 20, 30)[1], **LINE[name]}
-    kept[1] = json.dumps(bad) if before else encode(bad).decode().strip()
+    kept[1] = json.dumps(bad) if before else as_json(sealed(bad))
     path.write_text("\n".join(kept) + "\n")
     study = make_study([tmp_path])
     assert study.scored == 2 and any(f"{PREDICTIONS}:2: damaged" in w for w in study.warnings)

@@ -19,19 +19,20 @@ from src.records.environment import environment
 from src.records.files import load_records, run_path, settings_hash
 from src.records.folder import RunFolder
 from src.records.metrics import compute_metrics
+from src.records.record import Record
 from src.retention.store import Kept, load_retention
 
 SETTINGS = {"policy": {"name": "snapkv", "window": 32}, "budget": 4, "seed": 0}
 NAMES: dict[str, Any] = {"policy": "snapkv", "model": "tiny", "budget": 4}
 
 
-def record(task: str = "qa", id_: str = "1", **changes: Any) -> dict[str, Any]:
+def record(task: str = "qa", id_: str = "1", **changes: Any) -> Record:
     fields: dict[str, Any] = {
         "task": task, "id": id_, "prompt_hash": "aa", "prompt_tokens": 10, "new_tokens": 5,
         "prediction": "yes", "answers": ["yes"], "score": 50.0, "kv_bytes": 100, "kv_bytes_full": 400,
         "prefill_seconds": 1.0, "decode_seconds": 2.0, "lanes": 1, "error": None, "fidelity": None,
     }  # fmt: skip
-    return fields | changes
+    return Record.of(fields | changes)
 
 
 def kept(*positions: int) -> Kept:
@@ -100,19 +101,19 @@ def test_a_failed_second_try_does_not_cost_a_good_prediction(tmp_path: Path) -> 
         run.append(record(score=70.0))
         run.append(record(score=None, error="out of memory"))
         assert run.done(("qa", "1", "aa"))
-    assert [r["score"] for r in load_records(tmp_path)] == [70.0]
+    assert [r.score for r in load_records(tmp_path)] == [70.0]
 
 
 def test_changed_data_replaces_the_old_record_and_may_change_back(tmp_path: Path) -> None:
     with folder(tmp_path) as run:
         run.append(record(score=10.0), kept(0, 1))
         run.append(record(prompt_hash="bb", score=20.0), kept(8, 9))
-        assert [r["score"] for r in run.records] == [20.0]
+        assert [r.score for r in run.records] == [20.0]
         assert run.finish(**NAMES)["average"] == 20.0
     with folder(tmp_path) as run:
         assert run.done(("qa", "1", "aa"))
         assert run.finish(**NAMES)["average"] == 10.0
-    assert [r["score"] for r in load_records(tmp_path)] == [10.0]
+    assert [r.score for r in load_records(tmp_path)] == [10.0]
 
 
 @pytest.mark.parametrize("cut", [1, 20, 200])
@@ -152,7 +153,7 @@ def test_any_text_survives_unchanged(tmp_path: Path) -> None:
     with folder(tmp_path) as run:
         for i, text in enumerate(odd):
             run.append(record(id_=str(i), prediction=text))
-    assert [r["prediction"] for r in load_records(tmp_path)] == odd
+    assert [r.prediction for r in load_records(tmp_path)] == odd
 
 
 def test_kill_nine_at_any_moment_then_resume_gives_the_same_tables(tmp_path: Path) -> None:
@@ -193,7 +194,7 @@ def test_other_settings_in_the_same_folder_are_refused_by_name(tmp_path: Path) -
 
 
 def test_predictions_of_unknown_origin_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "predictions.jsonl").write_text(json.dumps(record()) + "\n")
+    (tmp_path / "predictions.jsonl").write_text(json.dumps(record().as_dict()) + "\n")
     with pytest.raises(InputError, match="unknown"):
         folder(tmp_path)
 

@@ -90,7 +90,7 @@ def test_data_that_changes_to_and_fro_does_not_grow_the_file_for_ever(base: list
     for turn in range(9):
         folder = run(longbench(both[turn % 2], base))
         found.append(len(lines(folder)))
-        assert [record["answers"] for record in load_records(folder)] == [[f"name{turn % 2}"], ["name9"]]
+        assert [record.answers for record in load_records(folder)] == [[f"name{turn % 2}"], ["name9"]]
         assert metrics(folder)["samples"] == metrics(folder)["retention"]["samples"] == 2
     assert found == [2] + [3] * 8
 
@@ -161,7 +161,7 @@ def test_damaged_positions_are_computed_again(h2o: list[str], caplog: pytest.Log
     assert ("retention.npz: damaged" in caplog.text) == (what != "gone")
     again = 1 if what == "one sample" else 4
     assert f"{again} finished samples ran again" in done.err and len(lines(folder)) == 4 + again
-    assert {(r["task"], r["id"]): r["prediction"] for r in load_records(folder)} == {k: v[0] for k, v in before.items()}
+    assert {r.key[:2]: r.prediction for r in load_records(folder)} == {k: v[0] for k, v in before.items()}
     assert path.read_bytes() == content and table(folder) == right
 
 

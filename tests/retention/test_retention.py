@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from src.errors import InputError
+from src.records.record import Record
 from src.retention import measures as retention
 from src.retention.from_records import needle
 from src.retention.journal import Journal
@@ -401,27 +402,27 @@ def test_needles_in_metrics_and_tables_by_hand() -> None:
     first = sample(10, [[3, 4, 5, 6], [3, 9]], end=[[3, 4, 9, 10], [9, 10]])
     second = sample(10, [[0, 1], [8, 9]], key=("qa", "2", "aa"))
     records = [
-        {"task": "qa", "id": "1", "needle": [3, 7]},
-        {"task": "qa", "id": "2", "needle": [0, 1]},
-        {"task": "qa", "id": "3"},
+        Record(task="qa", id="1", prompt_hash="aa", needle=[3, 7]),
+        Record(task="qa", id="2", prompt_hash="aa", needle=[0, 1]),
+        Record(task="qa", id="3", prompt_hash="aa"),
     ]
     found = needle([first, second], records)["needle"]
     assert found["samples"] == 2
     assert found["after_prompt"] == pytest.approx(((1 + 0.25) / 2 + (1 + 0) / 2) / 2, abs=1e-5)
     assert found["per_task"] == {"qa": found["after_prompt"]}
-    assert needle([first], [{"task": "qa", "id": "1"}]) == {}
+    assert needle([first], [Record(task="qa", id="1", prompt_hash="aa")]) == {}
 
 
 def test_a_studys_figures_by_hand() -> None:
     """What a study makes of records: slopes as means over layers and heads, octaves that all prompts reach."""
     first, second = sample(10, [[3, 4, 5, 6], [3, 9]]), sample(10, [[0, 1], [8, 9]], key=("qa", "2", "aa"))
+    figures = (
+        {"score_slope": [[-1.0, -0.5], [0.0, None]], "score_by_octave": [[4, 2], [2, None]]},
+        {"score_slope": [[1.0, 1.0], [1.0, 1.0]], "score_by_octave": [[1, 1, 9], [3, 1, 9]]},
+    )
     records = {
-        first.key: {
-            "needle": [3, 7],
-            "score_slope": [[-1.0, -0.5], [0.0, None]],
-            "score_by_octave": [[4, 2], [2, None]],
-        },
-        second.key: {"score_slope": [[1.0, 1.0], [1.0, 1.0]], "score_by_octave": [[1, 1, 9], [3, 1, 9]]},
+        first.key: Record(task="qa", id="1", prompt_hash="aa", needle=[3, 7], measures=figures[0]),
+        second.key: Record(task="qa", id="2", prompt_hash="aa", measures=figures[1]),
     }
     run: Any = SimpleNamespace(records=records, model="m", policy="h2o", label="h2o kernel=1", budget=4, full=False)
     assert needles(run, [first, second]) == {"needle": [(1 + 0.25) / 2], "needle_end": [(1 + 0.25) / 2]}

@@ -6,6 +6,7 @@ import time
 import numpy as np
 
 from src.records.folder import RunFolder
+from src.records.record import Record
 from src.retention.store import Kept
 
 with RunFolder(sys.argv[1], {"seed": 0}, "seed: 0\n") as run:
@@ -15,7 +16,9 @@ with RunFolder(sys.argv[1], {"seed": 0}, "seed: 0\n") as run:
             continue
         random = np.random.default_rng(i)
         positions = [np.stack([np.sort(random.permutation(100)[:20]) for _ in range(2)]) for _ in range(3)]
-        line = {"task": key[0], "id": key[1], "prompt_hash": key[2], "prompt_tokens": 100, "new_tokens": 4}
+        task, id_, digest = key
         time.sleep(0.003)
-        run.append({**line, "score": float(random.random()), "error": None}, Kept(positions, positions))
+        score = float(random.random())
+        record = Record(task=task, id=id_, prompt_hash=digest, prompt_tokens=100, new_tokens=4, score=score)
+        run.append(record, Kept(positions, positions))
     run.finish(policy="p", model="m", budget=20, plot=False)

@@ -10,6 +10,7 @@ import yaml
 
 from src.records.files import run_path
 from src.records.folder import RunFolder
+from src.records.record import Record
 from src.retention.store import Kept
 
 COMPARABILITY = {
@@ -86,7 +87,7 @@ def write_run(
     }
     with RunFolder(path, settings, yaml.safe_dump({**settings, "limit": None}), environment) as folder:
         for line in records:
-            folder.append(line, kept(line))
+            folder.append(Record.of(line), kept(line))
         if finish:
             folder.finish(
                 policy=policy,

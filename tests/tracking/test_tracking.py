@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import wandb
 import yaml
 
 from src.errors import InputError
+from src.records.record import Record
 from src.report.wandb import track_report
 from src.report.write import write_report
 from src.tracking import wandb as tracking
@@ -29,14 +31,7 @@ from tests.support import wandb_file
 from tests.support.synthetic_runs import record, write_run
 
 KEY = "0" * 40
-RECORD = {
-    "task": "qa",
-    "id": "1",
-    "score": 25.0,
-    "seconds": 1.5,
-    "prediction": "yes",
-    "answers": ["yes", "yeah"],
-}
+RECORD = Record(task="qa", id="1", prompt_hash="aa", score=25.0, seconds=1.5, prediction="yes", answers=["yes", "yeah"])
 METRICS: dict[str, Any] = {
     "average": 25.0, "samples": 1, "failed": 0, "tasks": {"qa": {"score": 25.0, "stderr": None, "n": 1}},
     "memory": {"ratio": 0.25, "kv_bytes_mean": 100.0}, "speed": {"decode_tokens_per_second": 9.0, "lanes": 1},
@@ -122,7 +117,7 @@ def test_offline_run_holds_config_scores_memory_speed_predictions_and_retention(
     tracker = Tracking("auto").start(run, {"budget": 4, "policy": {"name": "h2o"}}, "h2o-4", done=7)
     assert isinstance(tracker, WandbTracker)
     tracker.log_sample(RECORD)
-    tracker.finish(METRICS, [RECORD, {**RECORD, "id": "2", "error": "boom", "score": None}])
+    tracker.finish(METRICS, [RECORD, replace(RECORD, id="2", error="boom", score=None)])
     found = written(run)
     assert json.loads(found["config"]["budget"]) == 4
     assert json.loads(found["config"]["policy"]) == {"name": "h2o"}
@@ -208,7 +203,7 @@ def test_two_runs_at_once_do_not_mix(tmp_path: Path) -> None:
         folder.mkdir()
     trackers = [made.start(folder, {"budget": i}, "n") for i, folder in enumerate(folders)]
     for i, tracker in enumerate(trackers):
-        tracker.log_sample({**RECORD, "score": float(i)})
+        tracker.log_sample(replace(RECORD, score=float(i)))
     for tracker in trackers:
         tracker.finish({**METRICS, "retention": {}}, [])
     assert [written(folder)["config"]["budget"] for folder in folders] == ["0", "1"]
@@ -373,7 +368,7 @@ def test_a_key_is_found_where_wandb_looks(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_long_tables_are_thinned_evenly(run: Path) -> None:
     tracker = Tracking("offline", table_rows=10).start(run, {}, "n")
-    tracker.finish({**METRICS, "retention": {}}, [{**RECORD, "id": str(i)} for i in range(95)])
+    tracker.finish({**METRICS, "retention": {}}, [replace(RECORD, id=str(i)) for i in range(95)])
     table = json.loads(next(run.rglob("*.table.json")).read_text())
     assert [row[1] for row in table["data"]] == [str(i) for i in range(0, 95, 10)]
 
