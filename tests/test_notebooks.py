@@ -26,6 +26,7 @@ from nbclient.exceptions import CellExecutionError
 
 from src.compare.intervals import bootstrap_intervals
 from src.config.compose import composing, register_tasks
+from src.config.settings import read_settings
 from src.errors import InputError
 from src.retention.store import Kept, kept_sample
 from src.study import __main__ as reference
@@ -64,7 +65,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ]
         with composing():
             cfg = compose("sweep", overrides=overrides)
-        assert sweep(cfg) == 0
+        assert sweep(read_settings("sweep", cfg)) == 0
     return root / "results"
 
 
