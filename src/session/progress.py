@@ -86,7 +86,10 @@ class Progress:
         self._spoken = time.monotonic()
         ran = self.finished - self._skipped
         seconds = (self.total - self.finished) * (self._spoken - self._started) / max(ran, 1)
-        left = f"about {seconds:.0f} s left" if ran >= len(self.cells) else "the first samples are under way"
+        if self.finished == self.total and not ran:
+            left = "nothing was missing"
+        else:
+            left = f"about {seconds:.0f} s left" if ran >= len(self.cells) else "the first samples are under way"
         scores = "  ".join(f"{name(c)} {self._score(c)}" for c in self.cells if self.sums[c][1])
         print(f"{self.finished}/{self.total} done, {left}  {scores}", file=sys.stderr, flush=True)
 

@@ -7,15 +7,11 @@ from __future__ import annotations
 
 import json
 import logging
-import signal
 import sys
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from functools import lru_cache
-from types import FrameType
 from typing import Any
 
 from evals.suites import load_samples
@@ -29,7 +25,6 @@ from src.engine.engine import Engine
 from src.engine.layer_kinds import TextLengths, check_lengths
 from src.engine.request import Generation, Job
 from src.errors import InputError
-from src.models.load import LoadedModel, load_model
 from src.records.earlier import begun_anew
 from src.records.environment import environment
 from src.records.files import run_path
@@ -39,26 +34,15 @@ from src.retention.store import Kept
 from src.retention.trace import made_with, trace_path
 from src.session.chosen import has_chosen, save_chosen
 from src.session.comparability import comparability, outcome_settings
+from src.session.interrupt import Interrupt
+from src.session.model import current
 from src.session.progress import Progress
 from src.session.samples import Prepared, malformed_record, prepare, refuse_missing_references, to_record, to_request
+from src.session.tally import Tally
 from src.session.trace_probe import TraceProbe
 from src.tracking.wandb import Tracker, Tracking
 
 log = logging.getLogger(__name__)
-
-
-@lru_cache(maxsize=1)
-def loaded(model: str) -> LoadedModel:
-    """The model of a config given as JSON; kept for the next job of the same process (`-m`)."""
-    loaded.cache_clear()  # the one before goes first: two may not fit on a device
-    return load_model(json.loads(model))
-
-
-def current(model: str) -> LoadedModel:
-    """The same; loaded again if its files changed since the job before."""
-    if (files := loaded(model).files) and files.changed():
-        loaded.cache_clear()
-    return loaded(model)
 
 
 @dataclass(eq=False)
@@ -98,13 +82,9 @@ class Session:
         self.beyond_context = self._check_lengths()
         self.tracing = TraceProbe(cfg.kept_over_time) if cfg.kept_over_time else None
         self.engine = Engine(self.model.model, lanes, probes=[self.tracing] if self.tracing else [])
-        self.interrupted = False
-        self.failed = 0
+        self.interrupt, self.tally = Interrupt(), Tally(cfg.retention)
         folders: list[tuple[CellConfig, RunFolder]] = []
         self.anew: list[str] = []  # why folders begin anew
-        self.without_positions = 0  # finished samples that run again
-        self.unfinished = 0  # thoughts
-        self.faults: Counter[str] = Counter()  # of policies, by the line that says so
         with ExitStack() as opened:  # if the last cell's folder is refused, the others' are free again
             for cell in bind(cells, self.model):
                 folders.append((cell, self._open(cell)))
@@ -143,42 +123,25 @@ class Session:
         progress = Progress([c.config for c in self.cells], total=len(self.samples))
         at_once = False
         try:
-            with heeding(self._interrupt), progress:
+            with self.interrupt.heeded(), progress:
                 self._run(progress)
         except KeyboardInterrupt:
             at_once = True
             raise
         finally:
             refused = self._close_all(without=at_once)
-            if self.interrupted:
+            if self.interrupt.asked:
                 print(f"interrupted: {progress.finished} of {progress.total} done; {self._again()}", file=sys.stderr)
-        for reason, count in self.faults.items():  # a policy's fault is the same for many samples
-            print(f"{reason}{f' (and {count - 1} more like it)' if count > 1 else ''}", file=sys.stderr)
-        if self.without_positions:
-            print(
-                f"{self.without_positions} finished samples ran again: what they had kept was not there "
-                f"(retention={self.cfg.retention}; retention=off leaves them)",
-                file=sys.stderr,
-            )
+        self.tally.say_what_ran_again()
         if refused and not isinstance(refused[0], InputError):
             raise refused[0]
         if refused:
             more = f"; and {len(refused) - 1} more cells could not be finished" if refused[1:] else ""
             raise InputError(f"{refused[0]}{more}; {self._again()}") from None
-        if self.failed:
-            print(f"{self.failed} samples failed; their reasons are in predictions.jsonl (`error`)", file=sys.stderr)
-        if self.unfinished:
-            print(f"{self.unfinished} predictions end in the middle of a thought; they score 0", file=sys.stderr)
-        if self.interrupted:
+        self.tally.say_what_failed()
+        if self.interrupt.asked:
             return 130
-        return 1 if self.failed else 0
-
-    def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        """The first Ctrl-C finishes the samples in flight; the second stops at once."""
-        if self.interrupted:
-            raise KeyboardInterrupt
-        self.interrupted = True
-        print("stopping after the samples in flight (Ctrl-C again: at once)", file=sys.stderr)
+        return 1 if self.tally.failed else 0
 
     def _again(self) -> str:
         command = "the same command without overwrite=true" if self.cfg.overwrite else "the same command"
@@ -200,7 +163,7 @@ class Session:
 
         def jobs() -> Iterator[Job]:
             for sample in self.samples:
-                if self.interrupted:
+                if self.interrupt.asked:
                     return
                 if sample.error:
                     for cell in self.cells:
@@ -223,7 +186,7 @@ class Session:
                     yield Job(request, [c.config.variant for c in missing])
 
         files = self.model.files if self.model.device.type == "cpu" else None  # elsewhere the weights are a copy
-        for result in self.engine.run(jobs(), stop=lambda: self.interrupted):
+        for result in self.engine.run(jobs(), stop=lambda: self.interrupt.asked):
             if files:
                 files.refuse(files.overwritten())
             cell = by_variant[result.variant]
@@ -247,10 +210,14 @@ class Session:
             return False
         if not cell.folder.done(one.key, self.cfg.fidelity):
             return False
+        found = cell.folder.found(one.key)
+        if found.answers != list(one.sample.answers):  # the prompt is the same, what it is scored against is not
+            self.tally.changed_answers += 1
+            return False
         there = cell.folder.has_retention(one.key)
         if self.cfg.retention == "positions":
-            there = there and has_chosen(cell.folder.path, cell.folder.found(one.key))
-        self.without_positions += not there
+            there = there and has_chosen(cell.folder.path, found)
+        self.tally.without_positions += not there
         return there
 
     def _keep(self, cell: Cell, record: Record, kept: Kept | None, progress: Progress) -> None:
@@ -259,10 +226,7 @@ class Session:
             cell.folder.append(record, kept)
             cell.tracker.log_sample(record)
         progress.done(cell.config, record)
-        self.failed += bool(record.error)
-        self.unfinished += record.thought == "unfinished"
-        if record.error and record.error.startswith("policy "):
-            self.faults[f"{cell.config.shown}: {record.error}"] += 1
+        self.tally.add(cell.config.shown, record)
 
     def _open(self, cell: CellConfig) -> RunFolder:
         settings = outcome_settings(self.cfg, self.model, cell)
@@ -329,16 +293,3 @@ def show_results(cells: Sequence[Cell]) -> None:
     """The last line on stdout: the run's folder, or the folder that holds all cells' folders."""
     path = cells[0].folder.path
     print(f"results: {visible(str(path if len(cells) == 1 else path.parent))}")
-
-
-@contextmanager
-def heeding(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Ctrl-C goes to `handler` meanwhile. Only a process's main thread can ask for that."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

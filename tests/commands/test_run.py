@@ -15,7 +15,7 @@ import pytest
 from src.compare.matched import make_study
 from src.engine.engine import Engine
 from src.retention.store import load_retention
-from src.session import session
+from src.session import model
 from src.session.progress import Progress
 from tests.support.cli import ROOT, call, folders, lines, metrics, predictions, start, wait_for_lines
 
@@ -281,14 +281,14 @@ def test_ctrl_c_of_a_process(base: list[str], tmp_path: Path) -> None:
 
 def test_multirun_loads_the_model_once(base: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls: list[Any] = []
-    plain = session.load_model
+    plain = model.load_model
 
     def counted(cfg: Any) -> Any:
         calls.append(cfg)
         return plain(cfg)
 
-    monkeypatch.setattr(session, "load_model", counted)
-    session.loaded.cache_clear()
+    monkeypatch.setattr(model, "load_model", counted)
+    model.loaded.cache_clear()
     done = call("run", "-m", *base, "policy=snapkv,h2o", "budget=20,40")
     assert len(calls) == 1
     assert sorted(name.rpartition("-")[0] for name in folders(tmp_path / "results")) == [

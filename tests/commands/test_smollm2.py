@@ -14,7 +14,7 @@ from src.engine.engine import Engine
 from src.engine.request import Job, Request
 from src.models.load import LoadedModel, load_model
 from src.models.settings import model_settings
-from src.session import session
+from src.session import model
 from tests.support.cli import call, lines
 
 pytestmark = pytest.mark.slow
@@ -84,4 +84,4 @@ def test_a_run_finds_the_needle(tmp_path: Path) -> None:
     assert done.code == 0, done.err
     (record,) = lines(done.folder)
     assert record["score"] == 100 and record["finish"] == "stop" and record["answers"][0] in record["prediction"]
-    session.loaded.cache_clear()  # half a gigabyte that no other test needs
+    model.loaded.cache_clear()  # half a gigabyte that no other test needs

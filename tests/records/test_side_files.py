@@ -95,6 +95,19 @@ def test_data_that_changes_to_and_fro_does_not_grow_the_file_for_ever(base: list
     assert found == [2] + [3] * 8
 
 
+def test_other_reference_answers_are_scored_anew(base: list[str], tmp_path: Path) -> None:
+    """The prompt, and so the sample's key, is the same; the old score would be one against answers of the past."""
+    before = longbench_folder(tmp_path / "before", [row(1, answers=["x"]), row(2)])
+    folder = run(longbench(before, base, "policy=full"))
+    said = {record.id: record.prediction for record in load_records(folder)}
+    after = longbench_folder(tmp_path / "after", [row(1, answers=[said["row1"]]), row(2)])
+    done = call("run", *longbench(after, base, "policy=full"))
+    assert done.code == 0 and "1 finished samples ran again: their reference answers have changed" in done.err
+    found = {record.id: record for record in load_records(folder)}
+    assert found["row1"].answers == [said["row1"]] and found["row1"].prediction == said["row1"]
+    assert len(lines(folder)) == 3 and metrics(folder)["samples"] == 2
+
+
 def test_a_sample_that_fails_anew_each_time_does_not_grow_the_file_for_ever(
     h2o: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
