@@ -18,6 +18,7 @@ from src.config.main import complain
 from src.engine.request import Variant
 from src.errors import InputError
 from src.logs import VisibleFormatter
+from src.records.record import Record
 from src.session.progress import Progress
 
 ESC = "\x1b]0;title\x07\x1b[31mred\x9b0m\u202e\ud800"
@@ -64,7 +65,7 @@ def test_progress_is_harmless(capsys: pytest.CaptureFixture[str]) -> None:
     cell = CellConfig("x", {}, Variant(Full(), None), f"[red]{ESC}[/nothing]")
     progress = Progress([cell], 1)
     with progress:
-        progress.done(cell, {"score": 5.0})
+        progress.done(cell, Record(task="x", id="1", prompt_hash="", score=5.0))
     said = capsys.readouterr().err
     assert not SENT.search(said) and r"[red]\x1b]0;title" in said
     progress.console.print(progress._drawing())  # markup in a name is text
