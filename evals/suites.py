@@ -2,8 +2,8 @@
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from evals import longbench, longgenbench, pocket
@@ -13,10 +13,58 @@ from evals.tasks import Sample
 log = logging.getLogger(__name__)
 
 BROKEN_ROWS = ("refuse", "record")  # what becomes of a malformed row: nothing is loaded | a sample that has failed
-OPTIONS = {  # a suite's own settings: the further keys of conf/tasks/*.yaml
-    "pocket": (),
-    "longbench": ("config_dir", "config_url", "hub_repo", "hub_revision"),
-    "longgenbench": ("reference_rows", "source_url"),
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A benchmark, or a part of one.
+
+    Attributes:
+        names: its tasks, in the official order.
+        load: `(names, limit, data_dir, seed, broken, **options) -> list[Sample]`.
+        options: its own settings: the further keys of its file in conf/tasks.
+        usual: the tasks that are meant where none is named; all, if empty.
+    """
+
+    names: tuple[str, ...]
+    load: Callable[..., list[Sample]]
+    options: tuple[str, ...] = ()
+    usual: tuple[str, ...] = ()
+
+
+def load_pocket(names: list[str], limit: int | None, data_dir: str | None, seed: int, broken: str) -> list[Sample]:
+    return pocket.load(names, limit, seed)  # generated: no data, and no row is broken
+
+
+def load_longbench(
+    names: list[str], limit: int | None, data_dir: str | None, seed: int, broken: str, **options: Any
+) -> list[Sample]:
+    return longbench.load(names, limit, data_dir, broken=broken, **options)
+
+
+def load_longgenbench(
+    names: list[str], limit: int | None, data_dir: str | None, seed: int, broken: str, **options: Any
+) -> list[Sample]:
+    return longgenbench.load(names, limit, data_dir, broken=broken, **options)
+
+
+_LONGBENCH = Suite(longbench.TASKS, load_longbench, ("config_dir", "config_url", "hub_repo", "hub_revision"))
+_CHINESE = tuple(name for name in longbench.TASKS if name in longbench.CHINESE)
+_ENGLISH = tuple(name for name in longbench.TASKS if name not in longbench.CHINESE)
+
+# Every suite, by the name that `tasks.suite` gives; a new one is a line here and a file in conf/tasks.
+SUITES: dict[str, Suite] = {
+    "pocket": Suite(tuple(pocket.TASKS), load_pocket),
+    "longbench": _LONGBENCH,
+    "longbench_en": replace(_LONGBENCH, names=_ENGLISH),
+    "longbench_zh": replace(_LONGBENCH, names=_CHINESE),
+    "longgenbench": Suite(
+        tuple(longgenbench.TASKS),
+        load_longgenbench,
+        ("reference_rows", "source_url"),
+        # Its shorter half, as "4K" means in the paper.
+        usual=tuple(name for name in longgenbench.TASKS if not name.endswith(("_60", "_80"))),
+    ),
 }
 
 
@@ -32,7 +80,7 @@ def load_samples(
     """The samples of the named tasks (all of the suite without names), at most `limit` a task.
 
     Samples come in the order of the files, so a larger limit extends a smaller one. `seed` matters to `pocket` only,
-    whose samples are generated. `options` are the suite's own further settings (`OPTIONS`).
+    whose samples are generated. `options` are the suite's own further settings.
 
     Rows of a task that share an id are samples of their own, equal rows too, as in the benchmarks' own scoring. In the
     order of the file they are called `id`, `id#2`, `id#3`, ... (see `distinct`).
@@ -45,12 +93,7 @@ def load_samples(
     if broken not in BROKEN_ROWS:
         raise DataError(f"broken_rows={broken}: valid: {', '.join(BROKEN_ROWS)}")
     chosen = check_choice(suite, names, options)
-    if suite == "pocket":
-        samples = pocket.load(chosen, limit, seed)
-    elif suite.startswith("longbench"):
-        samples = longbench.load(chosen, limit, data_dir, broken=broken, **options)
-    else:
-        samples = longgenbench.load(chosen, limit, data_dir, broken=broken, **options)
+    samples = SUITES[suite].load(chosen, limit, data_dir, seed, broken, **options)
     return [with_prompt(sample, broken) for sample in distinct(samples)]
 
 
@@ -96,7 +139,7 @@ def check_choice(suite: str, names: list[str] | None, options: Mapping[str, Any]
         DataError: no such suite or task, or a setting that this suite does not have.
     """
     chosen = choose_names(suite, names)
-    valid = OPTIONS[suite.partition("_")[0]]
+    valid = SUITES[suite].options
     for name in options:
         if name not in valid:
             raise DataError(f"tasks.{name}: no setting of suite {suite}; it has {', '.join(valid) or 'none'}")
@@ -106,8 +149,7 @@ def check_choice(suite: str, names: list[str] | None, options: Mapping[str, Any]
 def choose_names(suite: str, names: list[str] | None) -> list[str]:
     valid = task_names(suite)
     if names is None:
-        # By default LongGenBench means its shorter half, as "4K" does in the paper.
-        return [name for name in valid if suite != "longgenbench" or not name.endswith(("_60", "_80"))]
+        return list(SUITES[suite].usual) or valid
     for name in names:
         if name not in valid:
             raise DataError(f"tasks.names={name}: no task of suite {suite}; valid: {', '.join(valid)}")
@@ -118,13 +160,6 @@ def choose_names(suite: str, names: list[str] | None) -> list[str]:
 
 def task_names(suite: str) -> list[str]:
     """The task names of a suite or language group (longbench_en, longbench_zh), in the official order."""
-    groups = {
-        "pocket": list(pocket.TASKS),
-        "longbench": list(longbench.TASKS),
-        "longbench_en": [name for name in longbench.TASKS if name not in longbench.CHINESE],
-        "longbench_zh": [name for name in longbench.TASKS if name in longbench.CHINESE],
-        "longgenbench": list(longgenbench.TASKS),
-    }
-    if suite not in groups:
-        raise DataError(f"tasks.suite={suite}: unknown; valid: {', '.join(groups)}")
-    return groups[suite]
+    if suite not in SUITES:
+        raise DataError(f"tasks.suite={suite}: unknown; valid: {', '.join(SUITES)}")
+    return list(SUITES[suite].names)

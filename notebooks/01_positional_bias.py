@@ -18,7 +18,7 @@
 # queries: if logits were exchangeable, token $j$ of $n$ would collect $H_n - H_{j-1} \approx \ln(n/j)$ whatever it
 # says. AhaKV sums recent queries only. This notebook looks at what each policy really kept.
 #
-# Its data: `python -m src.sweep experiment=bias_study tasks.data_dir=DIR`, else the committed reference tables.
+# Its data: `python -m src.sweep experiment=bias_study tasks.data_dir=DIR`, else the committed study tables.
 
 # %%
 import sys

@@ -21,7 +21,7 @@
 # On the committed tables the parts are **undecided**: plain `ahakv` stands where a random choice stands, and most
 # variants differ from it by exactly 0.0 points. An interval of no width there is no evidence that a part does nothing.
 #
-# Its data: `python -m src.sweep experiment=ahakv_ablation tasks=pocket`, else the committed reference tables.
+# Its data: `python -m src.sweep experiment=ahakv_ablation tasks=pocket`, else the committed study tables.
 
 # %%
 import sys

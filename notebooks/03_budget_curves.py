@@ -16,7 +16,7 @@
 #
 # Every policy over a range of budgets, controls below (`random`, `recent`), an upper bound above (`oracle`).
 #
-# Its data: `python -m src.sweep experiment=budget_curve tasks=pocket`, else the committed reference tables.
+# Its data: `python -m src.sweep experiment=budget_curve tasks=pocket`, else the committed study tables.
 
 # %%
 import sys

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from policies.base import ScorePolicy, lowest_slot
-from policies.snapkv import pool
+from policies.snapkv import pool, pool_cached
 from src.kv.prompt import vector_norm
 from src.kv.state import State
 
@@ -279,20 +279,3 @@ def solve_entropy(logits: Tensor, target: float) -> Tensor:
         low = torch.where(entropy > target, middle, low)
         high = torch.where(entropy > target, high, middle)
     return ((low + high) / 2).exp2()
-
-
-def pool_cached(scores: Tensor, positions: Tensor, width: int) -> Tensor:
-    """Max-pooling along the text over the tokens that are still cached, `(lanes, kv_heads, slots)`.
-
-    Slots are not in the order of the text, so neighbours are found by position.
-    """
-    order = positions.argsort(dim=-1)
-    ordered, at = scores.gather(-1, order), positions.gather(-1, order)
-    best = ordered.clone()
-    for shift in range(1, min(width // 2, scores.shape[-1] - 1) + 1):
-        near = at[..., shift:] - at[..., :-shift] <= width // 2
-        right = ordered[..., shift:].masked_fill(~near, -torch.inf)
-        left = ordered[..., :-shift].masked_fill(~near, -torch.inf)
-        best[..., :-shift] = torch.maximum(best[..., :-shift], right)
-        best[..., shift:] = torch.maximum(best[..., shift:], left)
-    return torch.empty_like(best).scatter_(-1, order, best)

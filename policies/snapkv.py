@@ -82,7 +82,7 @@ class SnapKV(ScorePolicy):
         score = state.slots["rows"][..., :-1].sum(dim=-2).amax(dim=2)
         protected = self.protect_recent(step)
         if self.kernel > 1:
-            score = pool_cached(score, step.positions, protected, self.kernel, self.pooling)
+            score = pool_cached(score, step.positions, self.kernel, self.pooling, left_out=protected)
         return lowest_slot(score, protected)
 
 
@@ -95,13 +95,16 @@ def pool(scores: Tensor, kernel: int, kind: str) -> Tensor:
     return F.avg_pool1d(scores, kernel, stride=1, padding=kernel // 2, count_include_pad=False)
 
 
-def pool_cached(scores: Tensor, positions: Tensor, left_out: Tensor, width: int, kind: str) -> Tensor:
+def pool_cached(
+    scores: Tensor, positions: Tensor, width: int, kind: str = "max", left_out: Tensor | None = None
+) -> Tensor:
     """Pooling along the text over the tokens that are still cached, `(lanes, kv_heads, slots)`, all three.
 
     Slots are not in the order of the text, so neighbours are found by position; `left_out` slots count for none.
     """
     order = positions.argsort(dim=-1)
-    at, present = positions.gather(-1, order), ~left_out.gather(-1, order)
+    at = positions.gather(-1, order)
+    present = torch.ones_like(order, dtype=torch.bool) if left_out is None else ~left_out.gather(-1, order)
     ordered = scores.gather(-1, order)
     lowest = -torch.inf if kind == "max" else 0.0
     best, count = ordered.masked_fill(~present, lowest), present.to(scores.dtype)

@@ -98,3 +98,14 @@ def test_policies_know_tensors_only() -> None:
     """What they share with the engine are data structures; no engine, no sessions, no results."""
     for path in (ROOT / "policies").glob("*.py"):
         assert {room(name) for name in imports(path) if name.startswith(("src", "evals"))} <= {"src.kv"}, path.name
+
+
+@pytest.mark.parametrize("path", CODE, ids=module_of)
+def test_files_and_functions_are_short_enough_to_read(path: Path) -> None:
+    """At most 320 lines a file; in the engine and beside it, at most 60 a function."""
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 320
+    if room(module_of(path)) in ("src.engine", "src.kv"):
+        functions = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef)]
+        long = {n.name: n.end_lineno - n.lineno + 1 for n in functions if n.end_lineno and n.end_lineno - n.lineno > 59}
+        assert not long

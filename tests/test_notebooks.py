@@ -122,17 +122,17 @@ def test_ablation_notebook(root: Path) -> None:
     assert warned(done) == ""
 
 
-def test_budget_notebook_and_fallback_to_the_reference_tables(root: Path, tmp_path: Path) -> None:
+def test_budget_notebook_and_fallback_to_the_study_tables(root: Path, tmp_path: Path) -> None:
     from_runs = execute(of(3), ROOT=str(root))
     assert figures(from_runs) == 2
     assert "budget 64: oracle answer=reference KL" in printed(from_runs)
     assert warned(from_runs) == ""
     command = "python -m src.sweep experiment=budget_curve"
-    arguments = [str(root / "budget_curve"), "--out", str(tmp_path / "reference" / "budget_curve")]
+    arguments = [str(root / "budget_curve"), "--out", str(tmp_path / "study" / "budget_curve")]
     assert reference.main([*arguments, "--command", command]) == 0
     from_tables = execute(of(3), ROOT=str(tmp_path))
     said = printed(from_tables)
-    assert f"the committed reference tables in {tmp_path / 'reference' / 'budget_curve'}, because" in said
+    assert f"the committed study tables in {tmp_path / 'study' / 'budget_curve'}, because" in said
     assert said.splitlines()[1:] == printed(from_runs).splitlines()[1:]
 
 
@@ -141,7 +141,7 @@ def test_on_the_committed_tables(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What a reader without results sees; every figure says what it shows, in units and with n, without colour."""
-    (tmp_path / "reference").symlink_to(NOTEBOOKS[0].parents[1] / "results" / "reference")
+    (tmp_path / "study").symlink_to(NOTEBOOKS[0].parents[1] / "results" / "study")
     drawn: list[tuple[str, Figure]] = []
     monkeypatch.setattr(lab, "save", lambda figure, name: drawn.append((name, figure)))
     plt.switch_backend("Agg")
@@ -150,7 +150,7 @@ def test_on_the_committed_tables(
         exec(compile(source, of(number), "exec"), {"__name__": "notebook"})
     said = capsys.readouterr().out
     if number < 4:  # the last one needs no results
-        assert "from the committed reference tables" in said and "smollm2-135m" in said
+        assert "from the committed study tables" in said and "smollm2-135m" in said
     assert len(drawn) == {1: 4, 2: 2, 3: 2, 4: 1}[number]
     for name, figure in drawn:
         figure.draw_without_rendering()
@@ -230,7 +230,7 @@ def test_tables_agree_with_metrics_json(root: Path) -> None:
 
 
 def test_written_tables_come_back_and_say_how_they_were_made(root: Path, tmp_path: Path) -> None:
-    out = tmp_path / "reference" / "ahakv_ablation"
+    out = tmp_path / "study" / "ahakv_ablation"
     arguments = [str(root / "ahakv_ablation"), "--out", str(out), "--baseline", "ahakv", "--command", "python -m x a=1"]
     assert reference.main(arguments) == 0
     again = lab.load("ahakv_ablation", tmp_path)
@@ -308,11 +308,11 @@ def test_several_models_are_refused_and_named(tmp_path: Path) -> None:
 def test_several_models_in_reference_tables_are_refused(tmp_path: Path) -> None:
     for model in ("llama", "mistral"):
         write_run(tmp_path / model, "h2o", 64, rows(), model=model)
-        out = tmp_path / "reference" / f"{model}_study"
+        out = tmp_path / "study" / f"{model}_study"
         assert reference.main([str(tmp_path / model), "--out", str(out), "--command", "x"]) == 0
-    merged = tmp_path / "reference" / "both"
-    shutil.copytree(tmp_path / "reference" / "llama_study", merged)
-    more = (tmp_path / "reference" / "mistral_study" / "cells.csv").read_text().splitlines()[1:]
+    merged = tmp_path / "study" / "both"
+    shutil.copytree(tmp_path / "study" / "llama_study", merged)
+    more = (tmp_path / "study" / "mistral_study" / "cells.csv").read_text().splitlines()[1:]
     (merged / "cells.csv").write_text((merged / "cells.csv").read_text() + "\n".join(more) + "\n")
     with pytest.raises(InputError, match=r"different models \(llama, mistral\) in one comparison"):
         lab.load("both", tmp_path)

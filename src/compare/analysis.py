@@ -17,7 +17,7 @@ FIDELITY = ("kl", "nll", "top1", "output_error")
 
 @dataclass(frozen=True)
 class Difference:
-    """A run minus its reference on the samples that both have."""
+    """A run minus another on the samples that both have."""
 
     interval: Interval
     p: float
@@ -107,14 +107,14 @@ class Analysis:
 def analyse(study: Study, resamples: int = RESAMPLES, seed: int = 0) -> Analysis:
     """All intervals of one kind come from one call, so that every run meets the same resamples."""
     runs, scores, width = study.runs, study.scores, len(study.runs)
-    references = (
+    opponents = (
         [None if run.full else study.full for run in runs],
         [
             None if run.full or study.baseline in (None, run.label) else study.column(study.baseline, run.budget)
             for run in runs
         ],
     )
-    to_full, to_baseline = (_differences(scores, wanted) for wanted in references)
+    to_full, to_baseline = (_differences(scores, wanted) for wanted in opponents)
     together = np.hstack([scores, to_full, to_baseline])
     intervals = bootstrap_intervals(together, study.task_of, resamples=resamples, seed=seed)
     pvalues = sign_flip_pvalues(together[:, width:], study.task_of, resamples=resamples, seed=seed)
@@ -140,16 +140,16 @@ def analyse(study: Study, resamples: int = RESAMPLES, seed: int = 0) -> Analysis
     return Analysis(study, tuple(rows), resamples, seed)
 
 
-def _differences(scores: Array, references: list[int | None]) -> Array:
+def _differences(scores: Array, others: list[int | None]) -> Array:
     columns = [
         np.full(len(scores), np.nan) if other is None else scores[:, i] - scores[:, other]
-        for i, other in enumerate(references)
+        for i, other in enumerate(others)
     ]
     return np.stack(columns, axis=1)
 
 
 def _corrected(intervals: list[Interval], pvalues: Array) -> list[Difference | None]:
-    """Holm over every comparison with this reference: all policies at all budgets are one family."""
+    """Holm over every comparison with the same other run: all policies at all budgets are one family."""
     adjusted = holm([float(p) for p in pvalues])
     return [
         Difference(interval, float(p), corrected) if interval.n else None

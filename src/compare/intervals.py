@@ -17,8 +17,8 @@ What was chosen, and why:
   a sample, the sign of their difference there would be a coin toss; flipping signs gives the distribution
   of the average difference under that hypothesis, exactly for few samples, where bootstrap p-values are
   too small.
-* Several policies are compared with one reference, so p-values are corrected after Holm (1979), which
-  needs no independence: all comparisons share the reference.
+* Several policies are compared with one other, so p-values are corrected after Holm (1979), which
+  needs no independence: all comparisons share that one.
 """
 
 from collections.abc import Sequence

@@ -12,16 +12,13 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
-from evals.suites import task_names
+from evals.suites import SUITES, task_names
 from evals.visible import reason
 from src.config.cluster import EXTRAS
 from src.config.command_line import GROUPS, unreadable
 from src.config.settings import wanted
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-
-
-SUITES = ("pocket", "longbench", "longgenbench")
 
 
 LISTS = {  # what sweeps ask for, checked where the grid is made
@@ -33,9 +30,11 @@ LISTS = {  # what sweeps ask for, checked where the grid is made
 def register_tasks() -> None:
     """`tasks=hotpotqa` and every other single task, as a config that narrows its suite's."""
     store = ConfigStore.instance()
+    suite_of: dict[str, str] = {}
     for suite in SUITES:
         for name in task_names(suite):
-            if not (CONF / "tasks" / f"{name}.yaml").exists():
+            if name not in suite_of and not (CONF / "tasks" / f"{name}.yaml").exists():
+                suite_of[name] = suite  # a part of a suite comes after the whole
                 store.store(group="tasks", name=name, node={"defaults": [suite, "_self_"], "names": [name]})
 
 

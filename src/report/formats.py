@@ -17,7 +17,7 @@ Value = float | int | str | None
 
 
 @dataclass(frozen=True)
-class Cell:
+class TableCell:
     """What is shown, the number behind it, and how it stands out."""
 
     text: str
@@ -46,7 +46,7 @@ class Table:
     name: str  # of its files
     title: str
     columns: tuple[Column, ...]
-    rows: tuple[tuple[Cell, ...], ...]
+    rows: tuple[tuple[TableCell, ...], ...]
     breaks: frozenset[int] = frozenset()  # a line is drawn above these rows
     note: str = ""
 

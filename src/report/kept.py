@@ -5,7 +5,7 @@ from typing import Any
 
 from src.compare.analysis import Analysis
 from src.compare.matched import retention_samples
-from src.report.formats import Cell, Column, Table, number
+from src.report.formats import Column, Table, TableCell, number
 from src.report.tables import BUDGET, POLICY, breaks, heads, missing, percent, plain
 
 
@@ -52,7 +52,7 @@ def retention_table(analysis: Analysis) -> Table | None:
         rows.append(
             (
                 *heads(row),
-                *([Cell(f"{n} of {all_}", n) if kept else missing()] if fewer else []),
+                *([TableCell(f"{n} of {all_}", n) if kept else missing()] if fewer else []),
                 *(plain(None if x is None else 100 * x, 1) for x in (tenths[0], tenths[-1])),
                 *(plain(found.get(name), 2) for name in ("mean_position", "kl_uniform", "gini")),
                 *(plain(None if x is None else 100 * x, 1) for x in (heavy_tenths[0], heavy_tenths[-1])),
@@ -72,12 +72,12 @@ def retention_table(analysis: Analysis) -> Table | None:
     return Table("retention", "Where the kept entries lie", columns, tuple(rows), breaks(analysis), note)
 
 
-def _share(found: Mapping[str, Any] | None, name: str) -> Cell:
+def _share(found: Mapping[str, Any] | None, name: str) -> TableCell:
     return percent(found[name]) if found else missing()
 
 
-def _slope(found: Mapping[str, Any] | None) -> Cell:
+def _slope(found: Mapping[str, Any] | None) -> TableCell:
     if not found or found["mean"] is None:
         return missing()
     theory = f" ({number(found['theory'], 2)})" if found["theory"] is not None else ""
-    return Cell(number(found["mean"], 2) + theory, found["mean"])
+    return TableCell(number(found["mean"], 2) + theory, found["mean"])

@@ -2,7 +2,7 @@
 
 from src.compare.analysis import Analysis, Row
 from src.errors import Damaged, InputError
-from src.report.formats import Cell, Column, Table, number
+from src.report.formats import Column, Table, TableCell, number
 from src.report.tables import BUDGET, POLICY
 from src.retention.measures import overlap
 from src.retention.store import Retention, load_retention
@@ -12,12 +12,12 @@ def overlap_table(analysis: Analysis) -> Table | None:
     """Jaccard overlap of the positions kept after the prompt, each pair at equal budget; None below two policies."""
     kept = {id(row): file for row in analysis.budgeted if (file := _kept(row)) is not None}
     labels = [name for name in analysis.study.labels if any(r.run.label == name for r in _with(analysis, kept))]
-    rows: list[tuple[Cell, ...]] = []
-    known: dict[frozenset[int], Cell] = {}  # both ways round it is the same
+    rows: list[tuple[TableCell, ...]] = []
+    known: dict[frozenset[int], TableCell] = {}  # both ways round it is the same
     for row in _with(analysis, kept):
         alike = {other.run.label: other for other in _with(analysis, kept) if other.run.budget == row.run.budget}
         cells = [_shared(kept, known, row, alike.get(label)) for label in labels]
-        rows.append((Cell(row.run.shown), Cell(f"{row.run.budget:g}", row.run.budget), *cells))
+        rows.append((TableCell(row.run.shown), TableCell(f"{row.run.budget:g}", row.run.budget), *cells))
     for file in kept.values():
         file.close()
     if len(labels) < 2:
@@ -54,16 +54,18 @@ def _kept(row: Row) -> Retention | None:
     return None
 
 
-def _shared(kept: dict[int, Retention], known: dict[frozenset[int], Cell], row: Row, other: Row | None) -> Cell:
+def _shared(
+    kept: dict[int, Retention], known: dict[frozenset[int], TableCell], row: Row, other: Row | None
+) -> TableCell:
     if other is None or other is row:
-        return Cell("–")
+        return TableCell("–")
     pair = frozenset((id(row), id(other)))
     if pair not in known:
         try:
             share = 100 * overlap(kept[id(row)], kept[id(other)])["mean"]
-            known[pair] = Cell(number(share, 1), share)
+            known[pair] = TableCell(number(share, 1), share)
         except Damaged:
-            known[pair] = Cell("damaged")
+            known[pair] = TableCell("damaged")
         except InputError:  # no sample in common, or only counts of some
-            known[pair] = Cell("–")
+            known[pair] = TableCell("–")
     return known[pair]

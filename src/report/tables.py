@@ -8,7 +8,7 @@ from typing import Any
 from src.compare.analysis import Analysis, Difference, Row
 from src.compare.intervals import Interval, macro_stderr
 from src.compare.runs import show_budget
-from src.report.formats import Cell, Column, Table, between, number, p_value, signed
+from src.report.formats import Column, Table, TableCell, between, number, p_value, signed
 
 DAGGER = "†"
 POLICY, BUDGET = Column("policy", number=False), Column("budget", "entries per head")
@@ -45,7 +45,7 @@ def scores_table(analysis: Analysis) -> Table:
             text = number(mean) + (f" (n={n})" if n != usual[task] else "")
             full = analysis.full.tasks.get(task, (0.0, 0))[0] if analysis.full else 0.0
             cells.append(
-                Cell(
+                TableCell(
                     text,
                     mean,
                     bold=id(row) in winners[task],
@@ -56,8 +56,8 @@ def scores_table(analysis: Analysis) -> Table:
         full = analysis.full.average.estimate if analysis.full else 0.0
         mean = row.average.estimate
         loss = _loss(mean, full) if _budgeted(row) else None
-        cells += [Cell(str(row.failed), row.failed)] if failures else []
-        cells.append(Cell(number(mean) + mark, mean, bold=id(row) in winners[None], loss=loss))
+        cells += [TableCell(str(row.failed), row.failed)] if failures else []
+        cells.append(TableCell(number(mean) + mark, mean, bold=id(row) in winners[None], loss=loss))
         rows.append(tuple(cells))
     note = "Scores from 0 to 100; the average weighs every task the same. Bold: best policy at that budget."
     return Table("scores", "Scores per task", tuple(columns), tuple(rows), breaks(analysis), note + _odd(analysis))
@@ -75,9 +75,9 @@ def tasks_table(analysis: Analysis) -> Table:
             stderr = float(macro_stderr(study.scores[here][:, [column]], study.task_of[here])[0][0])
             failed = sum(bool(record.error) for key, record in row.run.records.items() if key[0] == task)
             cells = [
-                Cell(task),
-                Cell(str(n), n),
-                Cell(str(failed), failed),
+                TableCell(task),
+                TableCell(str(n), n),
+                TableCell(str(failed), failed),
                 plain(mean, 2),
                 plain(stderr, 2),
             ]
@@ -104,7 +104,7 @@ def comparison_table(analysis: Analysis) -> Table:
     rows = []
     for row in analysis.rows:
         mark = DAGGER if row.odd else ""
-        cells = [*heads(row), Cell(str(row.average.n), row.average.n), _interval(row.average, mark)]
+        cells = [*heads(row), TableCell(str(row.average.n), row.average.n), _interval(row.average, mark)]
         for _, attribute in against:
             cells += _difference(getattr(row, attribute), uneven)
         rows.append(tuple(cells))
@@ -167,7 +167,7 @@ def fidelity_table(analysis: Analysis) -> Table:
     for row in analysis.rows:
         cells = [_interval(row.fidelity[n], "", 3) if n in row.fidelity else missing() for n in present]
         measured = max((i.n for i in row.fidelity.values()), default=0)
-        rows.append((*heads(row), Cell(str(measured), measured), *cells))
+        rows.append((*heads(row), TableCell(str(measured), measured), *cells))
     columns = (POLICY, BUDGET, Column("n", "samples"), *(names[n] for n in present))
     note = "Teacher-forced on the reference answer, mean over tasks, 95 % intervals. Lower KL, NLL are better."
     title = "Distance from the full cache"
@@ -191,43 +191,43 @@ def _extra(row: Row, task: str) -> dict[str, float]:
 # --- cells ---
 
 
-def mebibytes(value: float | None) -> Cell:
+def mebibytes(value: float | None) -> TableCell:
     return plain(None if value is None else value / 2**20, 2)
 
 
-def heads(row: Row) -> list[Cell]:
+def heads(row: Row) -> list[TableCell]:
     budget = "–" if row.run.full else show_budget(row.run.budget)
-    return [Cell(row.run.shown), Cell(budget, None if row.run.full else row.run.budget)]
+    return [TableCell(row.run.shown), TableCell(budget, None if row.run.full else row.run.budget)]
 
 
-def _interval(interval: Interval, mark: str, digits: int = 1) -> Cell:
+def _interval(interval: Interval, mark: str, digits: int = 1) -> TableCell:
     text = f"{number(interval.estimate, digits)}{mark} {between(interval, digits)}".strip()
-    return Cell(text, interval.estimate, (interval.low, interval.high))
+    return TableCell(text, interval.estimate, (interval.low, interval.high))
 
 
-def _difference(difference: Difference | None, pairs: bool) -> list[Cell]:
+def _difference(difference: Difference | None, pairs: bool) -> list[TableCell]:
     if difference is None:
         return [missing()] * (4 if pairs else 3)
     interval = difference.interval
     text = f"{signed(interval.estimate)} {between(interval)}".strip()
     return [
-        Cell(text, interval.estimate, (interval.low, interval.high), bold=difference.clear),
-        Cell(number(interval.stderr, 2), interval.stderr),
-        *([Cell(str(interval.n), interval.n)] if pairs else []),
-        Cell(p_value(difference.p_holm), difference.p_holm),
+        TableCell(text, interval.estimate, (interval.low, interval.high), bold=difference.clear),
+        TableCell(number(interval.stderr, 2), interval.stderr),
+        *([TableCell(str(interval.n), interval.n)] if pairs else []),
+        TableCell(p_value(difference.p_holm), difference.p_holm),
     ]
 
 
-def plain(value: float | None, digits: int) -> Cell:
-    return Cell(number(value, digits), value)
+def plain(value: float | None, digits: int) -> TableCell:
+    return TableCell(number(value, digits), value)
 
 
-def percent(share: float | None) -> Cell:
+def percent(share: float | None) -> TableCell:
     return plain(None if share is None else 100 * share, 1)
 
 
-def missing() -> Cell:
-    return Cell("–")
+def missing() -> TableCell:
+    return TableCell("–")
 
 
 def _budgeted(row: Row) -> bool:

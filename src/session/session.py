@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
-class Cell:
+class OpenCell:
     """One cell's folder and tracker while a session runs."""
 
     config: CellConfig
@@ -93,7 +93,7 @@ class Session:
         if self.anew:
             more = f" (and {len(self.anew) - 1} more)" if self.anew[1:] else ""
             log.warning("%s%s", self.anew[0], more)
-        self.cells = [Cell(cell, folder, self._track(cell, folder, tracking)) for cell, folder in folders]
+        self.cells = [OpenCell(cell, folder, self._track(cell, folder, tracking)) for cell, folder in folders]
 
     def _check_lengths(self) -> bool:
         """Whether prompts and new tokens together may go beyond the positions the model was made for: warned of.
@@ -202,7 +202,7 @@ class Session:
             if not open_cells[result.request.name]:
                 del prepared[result.request.name], open_cells[result.request.name]
 
-    def _done(self, cell: Cell, one: Prepared) -> bool:
+    def _done(self, cell: OpenCell, one: Prepared) -> bool:
         """Finished, with everything that this command asks for."""
         every = self.cfg.kept_over_time
         path = trace_path(cell.folder.path, one.sample.task.name, one.sample.id)
@@ -220,7 +220,7 @@ class Session:
         self.tally.without_positions += not there
         return there
 
-    def _keep(self, cell: Cell, record: Record, kept: Kept | None, progress: Progress) -> None:
+    def _keep(self, cell: OpenCell, record: Record, kept: Kept | None, progress: Progress) -> None:
         """Onto the disk, to the tracker, onto the screen."""
         if not (record.error and cell.folder.holds(record)):  # the same malformed row is written once
             cell.folder.append(record, kept)
@@ -254,7 +254,7 @@ class Session:
         The figures of all cells come before the first picture: a disk may have room for no more.
         """
         refused: list[Exception] = []
-        finished: list[tuple[Cell, dict[str, Any]]] = []
+        finished: list[tuple[OpenCell, dict[str, Any]]] = []
         for cell in [] if without else self.cells:
             try:
                 finished.append((cell, self._close(cell)))
@@ -267,7 +267,7 @@ class Session:
             cell.folder.close()
         return refused
 
-    def _close(self, cell: Cell) -> dict[str, Any]:
+    def _close(self, cell: OpenCell) -> dict[str, Any]:
         """metrics.json and retention.npz."""
         memory = self.engine.memory
         peaks = {
@@ -289,7 +289,7 @@ class Session:
         )
 
 
-def show_results(cells: Sequence[Cell]) -> None:
+def show_results(cells: Sequence[OpenCell]) -> None:
     """The last line on stdout: the run's folder, or the folder that holds all cells' folders."""
     path = cells[0].folder.path
     print(f"results: {visible(str(path if len(cells) == 1 else path.parent))}")

@@ -1,4 +1,4 @@
-"""python -m src.study DIR... --out results/reference/NAME --command "..." : small tables worth committing.
+"""python -m src.study DIR... --out results/study/NAME --command "..." : small tables worth committing.
 
 A DIR is a run's folder or any folder above some. Written to --out, one line per thing measured:
 
@@ -41,7 +41,7 @@ from src.logs import log_to_stderr
 def main(argv: Sequence[str] | None = None) -> int:
     parser = OneLineParser("python -m src.study", InputError, "Small tables of finished runs, to be committed.")
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="a run's folder, or a folder above some")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="e.g. results/reference/bias_study")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="e.g. results/study/bias_study")
     parser.add_argument("--command", action="append", required=True, help="what made the runs; may be repeated")
     parser.add_argument("--baseline", help="what differences are against, at equal budget (default: the full cache)")
     parser.add_argument("--min-prompt", type=int, default=0, metavar="N", help="leave out samples with shorter prompts")
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"error: {one_line(f'--out {given.out}: cannot be written ({error.strerror})')}", file=sys.stderr)
         return 2
-    print(f"reference: {visible(str(given.out))}")
+    print(f"study: {visible(str(given.out))}")
     return 0
 
 

@@ -1,7 +1,7 @@
 """What the notebooks have in common: where their tables come from, what may be compared, how figures look.
 
 A study's tables (`src.study` says what is in them) come from its run folders in `results/<study>` when there
-are any, else from the committed `results/reference/<study>`; `Tables.source` says which.
+are any, else from the committed `results/study/<study>`; `Tables.source` says which.
 """
 
 from __future__ import annotations
@@ -71,24 +71,24 @@ def load(study: str, root: str | Path | None = None, baseline: str | None = None
     """The tables of `study`, and a line about where they come from.
 
     Args:
-        root: the folder that holds <study>/ and reference/<study>/; None: this checkout's `results`.
+        root: the folder that holds <study>/ and study/<study>/; None: this checkout's `results`.
         baseline, min_prompt: see `src.study.collect.collect`; the committed tables have theirs in their README.
 
     Raises:
-        InputError: neither run folders nor reference tables; runs of several models (named); an older
+        InputError: neither run folders nor study tables; runs of several models (named); an older
             retention file.
     """
     root = Path(root or RESULTS)
-    runs, reference = root / study, root / "reference" / study
+    runs, committed = root / study, root / "study" / study
     if any(runs.rglob("metrics.json")):
         frames = collect([runs], baseline, min_prompt)[0]
         source = f"run folders in {runs}"
-    elif (reference / "cells.csv").exists():
-        frames = {name: read(reference / f"{name}.csv") for name in TABLES}
-        source = f"the committed reference tables in {reference}, because {runs} holds no finished run"
+    elif (committed / "cells.csv").exists():
+        frames = {name: read(committed / f"{name}.csv") for name in TABLES}
+        source = f"the committed study tables in {committed}, because {runs} holds no finished run"
     else:
         raise InputError(
-            f"no results: neither finished runs in {runs} nor tables in {reference}; "
+            f"no results: neither finished runs in {runs} nor tables in {committed}; "
             f"run: python -m src.sweep experiment={study}"
         )
     for frame in frames.values():

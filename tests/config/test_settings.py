@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from evals.errors import DataError
-from evals.suites import OPTIONS
+from evals.suites import SUITES
 from policies import base
 from src.config import compose as composed
 from src.config.settings import GROUPS, STAGES, ModelSettings, RunSettings, TaskSettings, read_settings, wanted
@@ -47,10 +47,12 @@ def test_every_key_of_a_command_has_a_field_and_the_other_way_round(stage: str) 
 
 @pytest.mark.parametrize("path", sorted((composed.CONF / "tasks").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_key_of_a_suite_is_one_of_its_options(path: Path) -> None:
-    keys = set(yaml.safe_load(path.read_text()))
-    assert keys == field_names(TaskSettings) | set(OPTIONS[path.stem.partition("_")[0]])
+    file, options = yaml.safe_load(path.read_text()), set(SUITES[path.stem].options)
+    assert set(file) - {"defaults"} <= field_names(TaskSettings) | options
+    composition = config("config", f"tasks={path.stem}").tasks  # with the file that it builds on
+    assert {str(key) for key in composition} == field_names(TaskSettings) | options
     made = settings("config", f"tasks={path.stem}").tasks
-    assert set(made.options) == set(OPTIONS[path.stem.partition("_")[0]])
+    assert set(made.options) == options and made.suite == path.stem
 
 
 @pytest.mark.parametrize("path", sorted((composed.CONF / "model").glob("*.yaml")), ids=lambda path: path.stem)

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from policies.ahakv import AhaKV, pool_cached, softmax_with_gain, solve_entropy
+from policies.ahakv import AhaKV, softmax_with_gain, solve_entropy
 from policies.base import Policy, lowest_slot
 from policies.full import Full
 from policies.h2o import H2O
-from policies.snapkv import SnapKV, pool
+from policies.snapkv import SnapKV, pool, pool_cached
 from policies.streaming_llm import StreamingLLM
 from src.kv.prompt import PromptAttention, vector_norm
 from tests.support import naive

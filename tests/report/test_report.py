@@ -16,7 +16,7 @@ from src.errors import InputError
 from src.records.metrics_file import write_metrics
 from src.report.__main__ import main
 from src.report.contrasts import contrasts, retention_maps
-from src.report.formats import Cell, Column, Table, comma_separated, latex, markdown, number
+from src.report.formats import Column, Table, TableCell, comma_separated, latex, markdown, number
 from src.report.html import page
 from src.report.plots import make_figures, pareto_front
 from src.report.sentences import headline, notes, summary
@@ -250,8 +250,8 @@ NASTY = Table(
     "50% of A_b & <script>",
     (Column("policy|x", number=False), Column("score", "n=2")),
     (
-        (Cell("a_b|c*"), Cell("−1.5 [−2, 3]", -1.5, (-2, 3), bold=True)),
-        (Cell("$x^2 #"), Cell("–", float("nan"))),
+        (TableCell("a_b|c*"), TableCell("−1.5 [−2, 3]", -1.5, (-2, 3), bold=True)),
+        (TableCell("$x^2 #"), TableCell("–", float("nan"))),
     ),
     frozenset({1}),
 )
@@ -570,14 +570,16 @@ def test_hostile_names_do_nothing_anywhere(tmp_path: Path, capsys: pytest.Captur
 
 def test_negative_numbers_stay_numbers_in_a_csv() -> None:
     columns = (Column("-name", number=False), Column("value"))
-    table = Table("x", "t", columns, ((Cell("−2.5"), Cell("−2.5", -2.5)), (Cell("-x"), Cell("3", 3))))
+    table = Table(
+        "x", "t", columns, ((TableCell("−2.5"), TableCell("−2.5", -2.5)), (TableCell("-x"), TableCell("3", 3)))
+    )
     assert list(csv.reader(comma_separated(table).splitlines())) == [
         ["'-name", "value"], ["−2.5", "-2.5"], ["'-x", "3"],
     ]  # fmt: skip
 
 
 def test_markdown_and_latex_take_no_orders() -> None:
-    table = Table("x", "t", (Column("p", number=False),), ((Cell(HOSTILE),), (Cell("[1em]"),)))
+    table = Table("x", "t", (Column("p", number=False),), ((TableCell(HOSTILE),), (TableCell("[1em]"),)))
     text = markdown(table)
     assert r"\$x\$ \&amp; \~\~a\~\~ \#<!-- -->1 \@<!-- -->user \<b\>\`\\ud800\\u202e" in text
     assert r"\\x1b\[31m" in text and "http:<!-- -->//e.org" in text
