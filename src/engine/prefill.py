@@ -154,7 +154,7 @@ class Fork:
 
 
 class Prefill:
-    """A prompt's forward pass: full causal attention, and every cell's cut of each layer right after it.
+    """A prompt's forward pass: full causal attention, and every cell's cut of a layer as soon as its keys are there.
 
     Args:
         foreseen: per layer, for policies that look ahead: see `src.engine.foresight`.

@@ -83,10 +83,15 @@ class Retention(TypedDict, total=False):
     histogram: Annotated[
         list[float], About("kept entries in each of 64 equal parts of the prompt", "share of the kept")
     ]
-    heavy: Annotated[Any, About("the same measures without the recent window; null: nothing else was kept")]
-    per_layer: Annotated[Any, About("the same measures, each a list over layers")]
+    heavy: Annotated[
+        Any, About("the measures above but `drift`, without the recent window; null: nothing else was kept")
+    ]
+    per_layer: Annotated[
+        Any,
+        About("`mean_position`, `kl_uniform`, `gini`, `drift`, `first_decile` and `last_decile`, lists over layers"),
+    ]
     heavy_per_layer: Annotated[Any, About("the same of `heavy`")]
-    per_head: Annotated[Any, About("the same measures, each a list over layers of lists over KV heads")]
+    per_head: Annotated[Any, About("the same, each a list over layers of lists over KV heads")]
     heavy_per_head: Annotated[Any, About("the same of `heavy`")]
     per_task: Annotated[Any, About("the same measures for each task")]
     needle: Annotated[

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from evals.suites import task_names
+from evals.suites import SUITES, task_names
 from policies.base import Policy
 from src.config import compose as composed
 from src.config.cells import make_cell
@@ -66,7 +66,7 @@ def test_models_compose(name: str) -> None:
         assert set(yaml.safe_load((CONF / "model" / "_base.yaml").read_text())) <= set(cfg.model)
 
 
-@pytest.mark.parametrize("suite", ["pocket", "longbench", "longbench_en", "longbench_zh", "longgenbench"])
+@pytest.mark.parametrize("suite", SUITES)
 def test_tasks_compose(suite: str) -> None:
     cfg = compose("config", f"tasks={suite}")
     assert cfg.tasks.suite.startswith(suite.partition("_")[0])
