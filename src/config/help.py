@@ -6,17 +6,33 @@ The text around it is `hydra.help` in conf/; it asks for these parts as `${choic
 from __future__ import annotations
 
 import textwrap
-from pathlib import Path
+from collections.abc import Sequence
+from string import Template
 
+from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
+from src.config.compose import CONF, composing
 
 
 def register_help() -> None:
     OmegaConf.register_new_resolver("choices", choices, replace=True)
     OmegaConf.register_new_resolver("settings", settings, replace=True)
+
+
+def asks_for_help(arguments: Sequence[str]) -> bool:
+    """`--help` with overrides and no other flag, which Hydra would have to look at."""
+    flags = [argument for argument in arguments if argument.startswith("-")]
+    return bool(flags) and all(flag in ("--help", "-h") for flag in flags)
+
+
+def help_text(config_name: str, arguments: Sequence[str]) -> str:
+    """What Hydra's own --help prints; that one first lists every group twice for placeholders that no text here has."""
+    overrides = [argument for argument in arguments if not argument.startswith("-")]
+    with composing():
+        cfg = compose(config_name, overrides=overrides, return_hydra_config=True)
+        return Template(cfg.hydra.help.template).substitute()
 
 
 def choices(group: str) -> str:

@@ -20,7 +20,7 @@ from evals.visible import one_line
 from src.config.cluster import Outcome, distributed, report, run_job
 from src.config.command_line import check_arguments, only_known_targets
 from src.config.compose import CONF, explain, register_tasks
-from src.config.help import register_help
+from src.config.help import asks_for_help, help_text, register_help
 from src.config.settings import read_settings
 from src.errors import InputError
 from src.files import no_room
@@ -74,6 +74,9 @@ def main(config_name: str, job: Callable[[Any], int]) -> int:
     try:
         check_arguments(sys.argv[1:], config_name)
         with only_known_targets():
+            if asks_for_help(sys.argv[1:]):
+                print(help_text(config_name, sys.argv[1:]))
+                return 0
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(collect)()
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         return complain(explain(error, config_name, sys.argv[1:]))
