@@ -27,12 +27,16 @@ def asks_for_help(arguments: Sequence[str]) -> bool:
     return bool(flags) and all(flag in ("--help", "-h") for flag in flags)
 
 
-def help_text(config_name: str, arguments: Sequence[str]) -> str:
-    """What Hydra's own --help prints; that one first lists every group twice for placeholders that no text here has."""
+def help_text(config_name: str, arguments: Sequence[str]) -> str | None:
+    """What Hydra's own --help prints; that one first lists every group twice, which takes a second.
+
+    None: the text has placeholders that only Hydra can fill in.
+    """
     overrides = [argument for argument in arguments if not argument.startswith("-")]
     with composing():
         cfg = compose(config_name, overrides=overrides, return_hydra_config=True)
-        return Template(cfg.hydra.help.template).substitute()
+        text = Template(cfg.hydra.help.template)
+        return None if text.get_identifiers() else text.substitute()
 
 
 def choices(group: str) -> str:

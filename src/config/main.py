@@ -74,8 +74,8 @@ def main(config_name: str, job: Callable[[Any], int]) -> int:
     try:
         check_arguments(sys.argv[1:], config_name)
         with only_known_targets():
-            if asks_for_help(sys.argv[1:]):
-                print(help_text(config_name, sys.argv[1:]))
+            if asks_for_help(sys.argv[1:]) and (text := help_text(config_name, sys.argv[1:])):
+                print(text)
                 return 0
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(collect)()
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
