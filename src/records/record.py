@@ -128,6 +128,11 @@ class Record:
         return self.task, self.id, self.prompt_hash
 
     @property
+    def scored(self) -> str:
+        """What the score is of: the prediction, or what follows its thought."""
+        return (self.prediction if self.answer is None else self.answer) or ""
+
+    @property
     def succeeded(self) -> bool:
         """It ran to its end. A failed sample keeps its reason in `error` and is tried again by the next run."""
         return not self.error and self.score is not None

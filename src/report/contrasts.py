@@ -63,7 +63,7 @@ def _contrast(study: Study, row: int) -> Contrast:
         record = run.records.get(key)
         if record is not None:
             error = record.error or None
-            said = "" if error else record.prediction or ""
+            said = "" if error else record.scored
             groups.setdefault((said, record.score, error), []).append(run)
     answers = [Answer(text, score, tuple(runs), error) for (text, score, error), runs in groups.items()]
     answers.sort(key=lambda a: (a.error is not None, -(a.score if a.score is not None else -1.0)))

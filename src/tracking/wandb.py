@@ -29,6 +29,7 @@ TABLE: dict[str, Callable[[Record], Any]] = {
     "id": lambda record: record.id,
     "score": lambda record: record.score,
     "prediction": lambda record: record.prediction,
+    "scored": lambda record: record.scored,
     "answers": lambda record: record.answers,
     "prompt_tokens": lambda record: record.prompt_tokens,
     "new_tokens": lambda record: record.new_tokens,

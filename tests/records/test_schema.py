@@ -1,6 +1,7 @@
 """The schemas: a line survives as it is, a policy's figures stay apart, and docs/results.md says what is written."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,3 +130,11 @@ def test_metrics_hold_what_the_schema_says_and_nothing_else(base: list[str]) -> 
     assert all(set(figures) <= known["tasks"] for figures in found["tasks"].values())
     (line,) = lines(folder)
     assert set(line) - {"check"} <= known["record"] | known["measures"]
+
+
+def test_what_is_scored_is_the_answer_after_a_thought() -> None:
+    plain = Record(task="t", id="1", prompt_hash="h", prediction="the box")
+    assert (
+        plain.scored == replace(plain, prediction="<think>a hat?</think>the box", answer="the box").scored == "the box"
+    )
+    assert replace(plain, prediction="<think>a hat", answer="").scored == replace(plain, prediction=None).scored == ""

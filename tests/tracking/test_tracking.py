@@ -138,9 +138,9 @@ def test_offline_run_holds_config_scores_memory_speed_predictions_and_retention(
     assert found["summary"]["retention/layers/_type"] == '"image-file"'
     table = json.loads(next(run.rglob("*.table.json")).read_text())
     assert table["columns"] == list(tracking.TABLE)
-    assert [row[:5] for row in table["data"]] == [
-        ["qa", "1", 25, "yes", "yes | yeah"],
-        ["qa", "2", None, "yes", "yes | yeah"],
+    assert [row[:6] for row in table["data"]] == [
+        ["qa", "1", 25, "yes", "yes", "yes | yeah"],
+        ["qa", "2", None, "yes", "yes", "yes | yeah"],
     ]
     assert list(Path.cwd().iterdir()) == []  # nothing outside the run's folder
 
