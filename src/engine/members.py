@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from policies.base import Policy
 from src.kv.cache import LayerCache
 from src.kv.contract import check_by_slot, check_evict, check_measures, check_prune, check_room, check_state
 from src.kv.faults import Answer, Fault, ask
@@ -32,6 +33,12 @@ class Member:
 
     def __init__(self, cell: Cell, start: int, stop: int, states: list[State], error: str = "") -> None:
         self.cell, self.start, self.stop, self.states, self.error = cell, start, stop, states, error
+        # Hooks that a policy has left as they are need not be asked at every layer of every step.
+        own = type(cell.policy)
+        self.adjusts_logits = own.adjust_logits is not Policy.adjust_logits
+        self.adjusts_weights = own.adjust_weights is not Policy.adjust_weights
+        self.observes = own.observe is not Policy.observe
+        self.prunes = own.prune is not Policy.prune
 
     @classmethod
     def of(cls, cell: Cell, start: int, states: Sequence[list[State]], slots: Sequence[int]) -> Member:
@@ -59,7 +66,8 @@ class Member:
         return self._ask("room", layer, lambda: check_room(self.cell.policy.room(t, limit), limit)) or limit
 
     def adjust_logits(self, step: DecodeStep) -> None:
-        self._ask("adjust_logits", step.layer, self.cell.policy.adjust_logits, step)
+        if self.adjusts_logits:
+            self._ask("adjust_logits", step.layer, self.cell.policy.adjust_logits, step)
 
     def adjust_weights(self, step: DecodeStep, added: int) -> None:
         """`added`: slots that the cache has grown by since the last step."""
@@ -68,13 +76,18 @@ class Member:
         state = self.states[step.layer]
         if added:
             state.grow(added)
-        self._ask("adjust_weights", step.layer, self.cell.policy.adjust_weights, step, state)
+        if self.adjusts_weights:
+            self._ask("adjust_weights", step.layer, self.cell.policy.adjust_weights, step, state)
 
     def observe(self, step: DecodeStep, room: int | None) -> Tensor | None:
         """`Policy.observe`, and what `Policy.prune` keeps of the cached slots; None: all."""
         if self.error:
             return None
         policy, state = self.cell.policy, self.states[step.layer]
+        if self.observes:
+            self._ask("observe", step.layer, policy.observe, step, state)
+        if not self.prunes:
+            return None
 
         def prune() -> Tensor | None:
             kept = policy.prune(step, state)
@@ -84,7 +97,6 @@ class Member:
             most = slots if room is None else min(slots, room - 1)
             return check_prune(kept, lanes, kv_heads, most, policy.own_pool, step.positions.device)
 
-        self._ask("observe", step.layer, policy.observe, step, state)
         return self._ask("prune", step.layer, prune)
 
     def evict(self, step: DecodeStep) -> Tensor:
@@ -99,6 +111,9 @@ class Member:
 
     def settle(self, layer: int, slot: Tensor, slots: int) -> None:
         """Move the incoming token's column to its slot, `(pool's lanes, kv_heads)`; the state's shapes are checked."""
+
+        if self.error or not (self.states[layer].slots or self.states[layer].fixed):
+            return
 
         def checked() -> None:
             state = self.states[layer]
