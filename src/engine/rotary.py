@@ -7,14 +7,14 @@ name here; a layer whose queries no way explains is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from src.engine.attention import forward
+from src.engine.attention import Attention, forward
 from src.errors import InputError
 from src.kv.prompt import precise
 
@@ -148,13 +148,7 @@ class QueryPass:
         self.outputs: dict[int, Tensor] = {}
 
     def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float,
-        attention: Callable[[Tensor, Tensor, Tensor], Tensor],
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, attention: Attention
     ) -> Tensor:
         """`(1, heads, n, head_dim)` in, `(1, n, heads, head_dim)` out."""
         self.queries[layer] = query.clone()

@@ -203,22 +203,17 @@ def check_by_slot(shares: Any, shape: tuple[int, int, int]) -> Tensor:
 
 
 def check_room(room: Any, limit: int) -> int:
-    """`Policy.room`.
-
-    Raises:
-        ContractError: not a whole number from 1 to `limit`.
-    """
-    if type(room) is not int or not 1 <= room <= limit:
-        raise ContractError(f"gave {show(room)}; expected a whole number from 1 to {limit}, the cache's limit")
-    return room
+    """`Policy.room`: a whole number from 1 to `limit`. Raises ContractError."""
+    return check_whole(room, 1, limit, "the cache's limit")
 
 
 def check_recent(recent: Any, budget: int) -> int:
-    """`ScorePolicy.recent`.
+    """`ScorePolicy.recent`: a whole number from 0 to `budget`. Raises ContractError."""
+    return check_whole(recent, 0, budget, "the budget", "recent")
 
-    Raises:
-        ContractError: not a whole number from 0 to `budget`.
-    """
-    if type(recent) is not int or not 0 <= recent <= budget:
-        raise ContractError(f"gave {show(recent)}; expected a whole number from 0 to {budget}, the budget", "recent")
-    return recent
+
+def check_whole(number: Any, least: int, most: int, what: str, hook: str = "") -> int:
+    """`what` says what `most` is; `hook` is of the policy, where it is another one than the engine asked."""
+    if type(number) is not int or not least <= number <= most:
+        raise ContractError(f"gave {show(number)}; expected a whole number from {least} to {most}, {what}", hook)
+    return number

@@ -23,6 +23,7 @@ from src.kv.cache import LayerCache
 from src.kv.faults import is_out_of_memory
 from src.kv.prompt import PromptAttention
 from tests.support import naive
+from tests.support.hungry import HungryLater
 from tests.support.tiny import SUPPORTED, tiny, tokens
 from tests.support.watch import Watch
 
@@ -276,16 +277,6 @@ def test_out_of_memory_costs_only_the_sample_that_is_too_large(model: Any, kind:
         else:
             (alone,) = run(model, generation.request, Variant(H2O(), 12))
             assert (generation.error, generation.tokens) == (None, alone.tokens)
-
-
-@dataclass(frozen=True)
-class HungryLater(H2O):
-    """Runs out of memory while decoding, with more than one lane."""
-
-    def observe(self, step: Any, state: Any) -> None:
-        if step.t == 3 and step.logits.shape[0] > 1:
-            raise torch.OutOfMemoryError("out of memory")
-        super().observe(step, state)
 
 
 def test_out_of_memory_while_decoding_halves_the_wave_and_repeats_nothing_that_is_done(model: Any) -> None:

@@ -16,6 +16,7 @@ from src.engine.probes import LaneView, Probe
 from src.engine.request import Generation, Job, Request, Variant
 from src.session.trace_probe import TraceProbe
 from tests.support import naive
+from tests.support.hungry import HungryLater
 from tests.support.tiny import tiny, tokens
 from tests.support.watch import Watch, logits_of, sort
 
@@ -91,16 +92,6 @@ def test_a_policy_that_cannot_say_fails_and_the_others_do_not(model: Any) -> Non
     trace = probe.take(found[variants[1]])
     assert trace is not None and trace.steps == [0, 2, 4, 6, 8]
     assert probe.take(found[variants[1]]) is None
-
-
-@dataclass(frozen=True)
-class HungryLater(H2O):
-    """Runs out of memory at its fourth step, with more than one lane."""
-
-    def observe(self, step: Any, state: Any) -> None:
-        if step.t == 3 and step.logits.shape[0] > 1:
-            raise torch.OutOfMemoryError("out of memory")
-        super().observe(step, state)
 
 
 def test_a_lane_that_begins_again_is_cut_again_and_its_trace_starts_afresh(model: Any) -> None:

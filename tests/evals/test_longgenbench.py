@@ -4,7 +4,8 @@ import json
 import re
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,9 @@ def test_addresses_are_https_or_of_this_machine(url: str, fine: bool) -> None:
     assert secure(url) is fine
 
 
-def test_a_redirect_to_plain_http_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@contextmanager
+def answering(answer: bytes, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of a server on this machine that gives one answer, byte for byte."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -182,15 +185,22 @@ def test_a_redirect_to_plain_http_is_not_followed(tmp_path: Path, monkeypatch: p
         def serve() -> None:
             connection, _ = server.accept()
             connection.recv(4096)
-            connection.sendall(b"HTTP/1.1 302 Found\r\nLocation: http://nowhere.invalid/x\r\nContent-Length: 0\r\n\r\n")
+            connection.sendall(answer)
             connection.close()
 
         thread = threading.Thread(target=serve)
         thread.start()
-        with pytest.raises(DataError, match=r"redirected to http://nowhere\.invalid/x, which is not https"):
-            url = f"http://127.0.0.1:{server.getsockname()[1]}/x"
-            download(url, tmp_path / "x", "tasks.source_url", check_rows, 1 << 20, "Advice")
+        yield f"http://127.0.0.1:{server.getsockname()[1]}/x"
         thread.join()
+
+
+def test_a_redirect_to_plain_http_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = b"HTTP/1.1 302 Found\r\nLocation: http://nowhere.invalid/x\r\nContent-Length: 0\r\n\r\n"
+    with (
+        answering(answer, monkeypatch) as url,
+        pytest.raises(DataError, match=r"redirected to http://nowhere\.invalid/x, which is not https"),
+    ):
+        download(url, tmp_path / "x", "tasks.source_url", check_rows, 1 << 20, "Advice")
 
 
 def test_the_address_is_the_repository_at_one_commit() -> None:
@@ -202,21 +212,8 @@ def test_the_address_is_the_repository_at_one_commit() -> None:
 @pytest.mark.parametrize("answer", [b"HTTP/1.1 200 OK\r\nContent-Length: 900\r\n\r\n%b", b"nonsense\r\n\r\n"])
 def test_a_cut_answer_is_not_kept(answer: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer bytes than announced, though whole rows; and something that is not HTTP."""
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        server.settimeout(20)
-
-        def serve() -> None:
-            connection, _ = server.accept()
-            connection.recv(4096)
-            connection.sendall(answer.replace(b"%b", json.dumps(row()).encode() + b"\n"))
-            connection.close()
-
-        thread = threading.Thread(target=serve)
-        thread.start()
-        with pytest.raises(DataError, match="of 900 bytes came" if b"900" in answer else "nonsense"):
-            url = f"http://127.0.0.1:{server.getsockname()[1]}/x"
-            download(url, tmp_path / "x", "tasks.source_url", check_rows, 1 << 20, "Advice")
-        thread.join()
+    whole = answer.replace(b"%b", json.dumps(row()).encode() + b"\n")
+    expected = "of 900 bytes came" if b"900" in answer else "nonsense"
+    with answering(whole, monkeypatch) as url, pytest.raises(DataError, match=expected):
+        download(url, tmp_path / "x", "tasks.source_url", check_rows, 1 << 20, "Advice")
     assert not list(tmp_path.iterdir())
