@@ -1,0 +1,72 @@
+"""The parts that a policy's score is combined with: who may hold how much (`Allocator`), and how it is held (`Store`).
+
+Both hold settings only, as policies do, and are combined by configuration: `policy=snapkv policy/allocate=adakv`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, ClassVar, get_type_hints
+
+from torch import Tensor
+
+from src.kv.checks import check
+from src.kv.plan import Allotment, Plan
+
+if TYPE_CHECKING:
+    from src.kv.cache import LayerCache
+    from src.kv.prompt import PromptAttention
+
+
+@dataclass(frozen=True)
+class Part(ABC):
+    """Settings of a part, each checked against its annotation; ValueError names the setting and what is valid."""
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for setting in fields(self):
+            check(setting.name, getattr(self, setting.name), hints[setting.name])
+
+
+@dataclass(frozen=True)
+class Allocator(Part):
+    """Who may hold how many entries.
+
+    Class attributes:
+        exact: the counts add up to `Allotment.total`, which the engine checks; False for what reproduces an official
+            rounding that does not.
+    """
+
+    @property
+    def exact(self) -> bool:
+        return True
+
+    @abstractmethod
+    def plan(self, allotment: Allotment) -> Plan:
+        """The plan of one request.
+
+        Raises:
+            ValueError: the budget is too small: it names layer, head and what is needed.
+        """
+
+
+@dataclass(frozen=True)
+class Store(Part):
+    """How the kept tokens of a layer are held.
+
+    Class attributes:
+        overwrites: a single slot can be given to another token; needed by policies that evict while decoding.
+    """
+
+    overwrites: ClassVar[bool] = False
+
+    @abstractmethod
+    def hold(self, prompt: PromptAttention, kept: Sequence[Tensor], limit: int | None) -> LayerCache:
+        """One layer's cache.
+
+        Args:
+            kept: of every KV head, the positions to keep, ascending, `(k,)`; heads may differ in k.
+            limit: the most entries that a head may ever hold; None: it grows.
+        """
