@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Part(ABC):
+class Part:
     """Settings of a part, each checked against its annotation; ValueError names the setting and what is valid."""
 
     def __post_init__(self) -> None:
@@ -31,7 +31,7 @@ class Part(ABC):
 
 
 @dataclass(frozen=True)
-class Allocator(Part):
+class Allocator(Part, ABC):
     """Who may hold how many entries.
 
     Class attributes:
@@ -53,7 +53,7 @@ class Allocator(Part):
 
 
 @dataclass(frozen=True)
-class Store(Part):
+class Store(Part, ABC):
     """How the kept tokens of a layer are held.
 
     Class attributes:
