@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from policies.base import ScorePolicy, lowest_slot
+from policies.base import ScorePolicy
 from policies.snapkv import pool, pool_cached
 from src.kv.prompt import vector_norm
 from src.kv.state import State
@@ -231,14 +231,16 @@ class AhaKV(ScorePolicy):
         total[..., :-1] += near * new[..., None]
         count[..., :-1] += near
 
-    def evict(self, step: DecodeStep, state: State) -> Tensor:
+    def rank(self, step: DecodeStep, state: State) -> Tensor:
         score = self._join(state.slots["sum"])[..., :-1]
         protected = self.protect_recent(step)
         if self.score_pool > 1:
             score = pool_cached(score.masked_fill(protected, 0), step.positions, self.score_pool)
         if self.value_prior:  # dividing by the maximum changes no order
             score = score * (state.slots["gamma_sum"] / state.slots["gamma_count"].clamp_min(1))[..., :-1]
-        return lowest_slot(score, protected | (step.positions < self.sinks))
+        if self.sinks:
+            protected = protected | (step.positions < self.sinks)
+        return score.masked_fill(protected, torch.inf)
 
     # Query heads to KV heads: the mean can be taken before summing rows, the maximum only after.
 

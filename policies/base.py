@@ -145,13 +145,20 @@ class Policy(ABC):
         """Entries the cache may hold once the incoming token is in; `t` tokens came before it."""
         return limit
 
-    def evict(self, step: DecodeStep, state: State) -> Tensor:
-        """The slot that the incoming token takes when there is no room, `(lanes, kv_heads)`, int64.
+    def rank(self, step: DecodeStep, state: State) -> Tensor:
+        """What every cached token is worth when there is no room for the incoming one, `(lanes, kv_heads, slots)`.
 
-        Asked for all lanes as soon as one has no room; the answer for a lane that still has some is not used. With
-        `may_refuse`, the number of slots (the incoming token's column) means that it gets none.
+        The lowest leaves, infinity stays. Empty slots are not looked at. With `may_refuse` there is one more column,
+        the incoming token's, `(lanes, kv_heads, slots + 1)`: it gets no slot where that is the lowest. Asked for all
+        lanes as soon as one has no room; the answer for a lane that still has some is not used.
         """
         raise NotImplementedError(f"{type(self).__name__} does not evict while decoding")
+
+    def evict(self, step: DecodeStep, state: State) -> Tensor:
+        """In place of `rank`, for rules that are no order: the slot that the incoming token takes, `(lanes, kv_heads)`,
+        int64. With `may_refuse`, the number of slots (the incoming token's column) means that it gets none.
+        """
+        raise NotImplementedError(f"{type(self).__name__} ranks")
 
     def attended(self, state: State) -> Tensor | None:
         """Share of the query heads that attended to each slot at the last step, `(lanes, kv_heads, slots + 1)`.
@@ -182,7 +189,7 @@ def keep_all(prompt: PromptAttention) -> Tensor:
 
 
 def lowest_slot(scores: Tensor, protected: Tensor) -> Tensor:
-    """The slot of the lowest score among those not protected; `(..., slots)` twice -> `(...)`.
+    """For `Policy.evict`: the slot of the lowest score among those not protected; `(..., slots)` twice -> `(...)`.
 
     -1, which is no slot, where a score is NaN or every slot is protected: the engine then fails the sample.
     """

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from policies.base import ScorePolicy, lowest_slot
+from policies.base import ScorePolicy
 from src.kv.position import log_slope
 from src.kv.state import State
 
@@ -80,8 +80,8 @@ class H2O(ScorePolicy):
             seen = (step.positions[:, :1] >= 0).sum(dim=-1, keepdim=True) + 1
             state.slots["divisor"] += 1 / seen
 
-    def evict(self, step: DecodeStep, state: State) -> Tensor:
-        return lowest_slot(self.current(state)[..., :-1], self.protect_recent(step))
+    def rank(self, step: DecodeStep, state: State) -> Tensor:
+        return self.current(state)[..., :-1].masked_fill(self.protect_recent(step), torch.inf)
 
     def current(self, state: State) -> Tensor:
         """The score of every cached token, and in the last column of the incoming one."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from policies.base import ScorePolicy, lowest_slot
+from policies.base import ScorePolicy
 from src.kv.state import State
 
 if TYPE_CHECKING:
@@ -47,10 +47,10 @@ class Random(ScorePolicy):
         positions = torch.arange(prompt.length, device=prompt.keys.device)
         return priority(self.seed, prompt.layer, positions.expand(prompt.kv_heads, -1))
 
-    def evict(self, step: DecodeStep, state: State) -> Tensor:
+    def rank(self, step: DecodeStep, state: State) -> Tensor:
         incoming = step.position[:, None, None].expand(*step.positions.shape[:2], 1)
         positions = torch.cat([step.positions, incoming], dim=-1)
-        return lowest_slot(priority(self.seed, step.layer, positions), positions > incoming - self.window)
+        return priority(self.seed, step.layer, positions).masked_fill(positions > incoming - self.window, torch.inf)
 
 
 def priority(seed: int, layer: int, positions: Tensor) -> Tensor:

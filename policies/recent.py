@@ -28,5 +28,5 @@ class Recent(Policy):
     def keep_prompt(self, prompt: PromptAttention, budget: int) -> Tensor:
         return keep_all(prompt)[:, -budget:]
 
-    def evict(self, step: DecodeStep, state: State) -> Tensor:
-        return step.positions.argmin(dim=-1)
+    def rank(self, step: DecodeStep, state: State) -> Tensor:
+        return step.positions.float()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from policies.ahakv import AhaKV
-from policies.base import Policy, lowest_slot
+from policies.base import Policy
 from policies.full import Full
 from policies.h2o import H2O
 from policies.snapkv import SnapKV
@@ -182,5 +182,5 @@ class Scope(Policy):
         scores = scores.masked_fill(step.positions < 0, -torch.inf)
         return scores.topk(keep, dim=-1).indices.sort(dim=-1).values
 
-    def evict(self, step: DecodeStep, state: State) -> Tensor:
-        return lowest_slot(self._scores(step, state), self._protected(step, state))
+    def rank(self, step: DecodeStep, state: State) -> Tensor:
+        return self._scores(step, state).masked_fill(self._protected(step, state), torch.inf)

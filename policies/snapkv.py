@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from policies.base import ScorePolicy, lowest_slot
+from policies.base import ScorePolicy
 from src.kv.state import State
 
 if TYPE_CHECKING:
@@ -78,12 +78,12 @@ class SnapKV(ScorePolicy):
             row = step.weights.mean(dim=2, keepdim=True) if self.group == "mean" else step.weights
             state.slots["rows"][..., step.t % self.window, :] = row
 
-    def evict(self, step: DecodeStep, state: State) -> Tensor:
+    def rank(self, step: DecodeStep, state: State) -> Tensor:
         score = state.slots["rows"][..., :-1].sum(dim=-2).amax(dim=2)
         protected = self.protect_recent(step)
         if self.kernel > 1:
             score = pool_cached(score, step.positions, self.kernel, self.pooling, left_out=protected)
-        return lowest_slot(score, protected)
+        return score.masked_fill(protected, torch.inf)
 
 
 def pool(scores: Tensor, kernel: int, kind: str) -> Tensor:

@@ -58,9 +58,5 @@ class StreamingLLM(Policy):
         moved = (evicted > 0)[:, None, None, None]
         step.logits[..., : self.sinks] = torch.where(moved, turned, step.logits[..., : self.sinks])
 
-    def evict(self, step: DecodeStep, state: State) -> Tensor:
-        # The recent tokens stand in slots sinks.. in order of arrival and are overwritten in that order. A prompt
-        # longer than the budget is evicted from at once (t = 0), a shorter one when the cache has filled up.
-        evictions = (step.position - step.budget).clamp_max(step.t)
-        turn = evictions % (step.budget - self.sinks)
-        return (self.sinks + turn)[:, None].expand(-1, step.keys.shape[1])
+    def rank(self, step: DecodeStep, state: State) -> Tensor:
+        return step.positions.float().masked_fill(step.positions < self.sinks, torch.inf)

@@ -35,6 +35,5 @@ class TOVA(Policy):
         last = prompt.window_weights(1)[:, :, 0].mean(dim=(0, 1))
         return last.topk(budget).indices.sort().values.expand(prompt.kv_heads, -1)
 
-    def evict(self, step: DecodeStep, state: State) -> Tensor:
-        lowest = step.weights.mean(dim=(1, 2)).argmin(dim=-1)
-        return lowest[:, None].expand(-1, step.keys.shape[1])
+    def rank(self, step: DecodeStep, state: State) -> Tensor:
+        return step.weights.mean(dim=(1, 2))[:, None].expand(-1, step.keys.shape[1], -1)

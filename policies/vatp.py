@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from policies.base import lowest_slot
 from policies.h2o import H2O
 from src.kv.prompt import vector_norm
 from src.kv.state import State
@@ -64,6 +63,6 @@ class VATP(H2O):
         super().observe(step, state)
         state.slots["norm"][..., -1] = vector_norm(step.value, "l1")
 
-    def evict(self, step: DecodeStep, state: State) -> Tensor:
+    def rank(self, step: DecodeStep, state: State) -> Tensor:
         score = (self.current(state) * state.slots["norm"])[..., :-1]
-        return lowest_slot(score, self.protect_recent(step) | (step.positions < self.sinks))
+        return score.masked_fill(self.protect_recent(step) | (step.positions < self.sinks), torch.inf)

@@ -15,7 +15,15 @@ from torch import Tensor
 
 from policies.base import Policy
 from src.kv.cache import LayerCache
-from src.kv.contract import check_by_slot, check_evict, check_measures, check_prune, check_room, check_state
+from src.kv.contract import (
+    check_by_slot,
+    check_evict,
+    check_measures,
+    check_prune,
+    check_rank,
+    check_room,
+    check_state,
+)
 from src.kv.faults import Answer, Fault, ask
 from src.kv.state import State, settle, stack_states
 from src.kv.step import DecodeStep
@@ -39,6 +47,7 @@ class Member:
         self.adjusts_weights = own.adjust_weights is not Policy.adjust_weights
         self.observes = own.observe is not Policy.observe
         self.prunes = own.prune is not Policy.prune
+        self.ranks = defined_last(own, "rank", "evict")
 
     @classmethod
     def of(cls, cell: Cell, start: int, states: Sequence[list[State]], slots: Sequence[int]) -> Member:
@@ -89,38 +98,51 @@ class Member:
         if not self.prunes:
             return None
 
-        def prune() -> Tensor | None:
-            kept = policy.prune(step, state)
-            if kept is None:
-                return None
-            lanes, kv_heads, slots = step.positions.shape
-            most = slots if room is None else min(slots, room - 1)
-            return check_prune(kept, lanes, kv_heads, most, policy.own_pool, step.positions.device)
+        return self._ask("prune", step.layer, self._prune, step, state, room)
 
-        return self._ask("prune", step.layer, prune)
+    def _prune(self, step: DecodeStep, state: State, room: int | None) -> Tensor | None:
+        kept = self.cell.policy.prune(step, state)
+        if kept is None:
+            return None
+        lanes, kv_heads, slots = step.positions.shape
+        most = slots if room is None else min(slots, room - 1)
+        return check_prune(kept, lanes, kv_heads, most, self.cell.policy.own_pool, step.positions.device)
+
+    def rank(self, step: DecodeStep) -> Tensor:
+        """`Policy.rank`, `(lanes, kv_heads, slots)`, or one column more where it may refuse."""
+        ranks = self._ask("rank", step.layer, self._rank, step)
+        return torch.zeros(self._rank_shape(step), device=step.positions.device) if ranks is None else ranks
+
+    def _rank(self, step: DecodeStep) -> Tensor:
+        ranks = self.cell.policy.rank(step, self.states[step.layer])
+        return check_rank(ranks, self._rank_shape(step), step.positions.device)
+
+    def _rank_shape(self, step: DecodeStep) -> tuple[int, int, int]:
+        lanes, kv_heads, slots = step.positions.shape
+        return lanes, kv_heads, slots + self.cell.policy.may_refuse
 
     def evict(self, step: DecodeStep) -> Tensor:
-        """`Policy.evict`'s slots, `(lanes, kv_heads)`."""
+        """The slots that the policy names, or those of its lowest ranks, `(lanes, kv_heads)`; any if it went wrong."""
+        if self.ranks:
+            lowest = self.rank(step).min(dim=-1)
+            return torch.where(lowest.values < torch.inf, lowest.indices, -1)
+        victims = self._ask("evict", step.layer, self._evict, step)
+        return step.positions.new_zeros(step.positions.shape[:2]) if victims is None else victims
+
+    def _evict(self, step: DecodeStep) -> Tensor:
         (lanes, kv_heads, _), device = step.positions.shape, step.positions.device
-
-        def evict() -> Tensor:
-            return check_evict(self.cell.policy.evict(step, self.states[step.layer]), lanes, kv_heads, device)
-
-        victims = self._ask("evict", step.layer, evict)
-        return torch.zeros(lanes, kv_heads, dtype=torch.long, device=device) if victims is None else victims
+        return check_evict(self.cell.policy.evict(step, self.states[step.layer]), lanes, kv_heads, device)
 
     def settle(self, layer: int, slot: Tensor, slots: int) -> None:
         """Move the incoming token's column to its slot, `(pool's lanes, kv_heads)`; the state's shapes are checked."""
-
         if self.error or not (self.states[layer].slots or self.states[layer].fixed):
             return
+        self._ask("observe", layer, self._settle, layer, slot, slots)
 
-        def checked() -> None:
-            state = self.states[layer]
-            check_state(state.slots, state.fixed, (self.stop - self.start, slot.shape[1], slots + 1))
-            settle(state, slot[self.start : self.stop])
-
-        self._ask("observe", layer, checked)
+    def _settle(self, layer: int, slot: Tensor, slots: int) -> None:
+        state = self.states[layer]
+        check_state(state.slots, state.fixed, (self.stop - self.start, slot.shape[1], slots + 1))
+        settle(state, slot[self.start : self.stop])
 
     def select(self, rows: Sequence[int], start: int, at: Tensor) -> Member:
         """Only these of the lanes; `at`: the same, where kernels can read it."""
@@ -155,3 +177,8 @@ class Member:
             return [share[lane, :, :-1] for share in found]
 
         return ask(self.cell.policy, hook, None, checked)
+
+
+def defined_last(kind: type, one: str, other: str) -> bool:
+    """Whether a class, or the nearest of its bases that gives either method, gives this one."""
+    return next(one in vars(base) for base in kind.__mro__ if one in vars(base) or other in vars(base))

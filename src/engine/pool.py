@@ -67,6 +67,7 @@ class Pool:
         for cell, group in groupby(forks, key=lambda fork: fork.cell):
             start = self.members[-1].stop if self.members else 0
             self.members.append(Member.of(cell, start, [states[fork] for fork in group], slots))
+        self.refusing = [m.cell.policy.may_refuse for m in self.members]
 
     @property
     def lanes(self) -> int:
@@ -119,21 +120,29 @@ class Pool:
 
     def _store(self, layer: int, new: Incoming, steps: Sequence[DecodeStep], room: int | None) -> None:
         """Every policy takes note of the step and says what goes; then the token is written."""
-        cache, victims = self.caches[layer], []
-        evicting = room is not None and max(cache.used) >= room
+        cache, pruned = self.caches[layer], False
         for m, step in zip(self.members, steps, strict=True):
             kept = m.observe(step, room)
             if kept is not None:  # the member has the pool to itself
-                kept = self.evictions.kept(layer, cache, kept)
+                kept, pruned = self.evictions.kept(layer, cache, kept), True
                 cache.keep(kept)
                 m.states[layer].keep(kept)
-            elif evicting:
-                victims.append(m.evict(step))
-        refusing = [m.cell.policy.may_refuse for m in self.members]
-        slot = cache.place(self.evictions.slots(layer, cache, victims, refusing, room) if victims else None, room)
+        victims = None
+        if room is not None and not pruned and max(cache.used) >= room:
+            victims = self._victims(layer, steps, room)
+        slot = cache.place(victims, room)
         for m in self.members:
             m.settle(layer, slot, cache.slots)
-        cache.write(slot, new.key, new.value, new.position, room, any(refusing))
+        cache.write(slot, new.key, new.value, new.position, room, any(self.refusing))
+
+    def _victims(self, layer: int, steps: Sequence[DecodeStep], room: int) -> Tensor:
+        """The slot that goes in every lane and KV head."""
+        asked = list(zip(self.members, steps, strict=True))
+        if all(m.ranks for m in self.members):
+            ranks = [m.rank(step) for m, step in asked]
+            return self.evictions.ranked(layer, self.caches[layer], ranks, self.refusing, room)
+        victims = [m.evict(step) for m, step in asked]
+        return self.evictions.chosen(layer, self.caches[layer], victims, self.refusing, room)
 
     def member(self, lane: int) -> Member:
         """The member that a lane belongs to."""
@@ -160,6 +169,7 @@ class Pool:
                 members.append(m.select(rows, start, torch.tensor(rows, device=device)))
                 start += len(rows)
         self.members = members
+        self.refusing = [m.cell.policy.may_refuse for m in members]
 
 
 def stack_layer(forks: Sequence[Fork]) -> LayerCache:
@@ -251,7 +261,7 @@ class LaneBatch:
         for row in doubted:
             pool = self._pool(row)
             member = pool.member(row - pool.row)
-            said = "" if member.error else pool.evictions.say(member.cell.policy, row - pool.row)
+            said = "" if member.error else pool.evictions.say(member, row - pool.row)
             if said:
                 yield row, said, False
 

@@ -37,6 +37,7 @@ class LayerCache:
         self.most_used = list(used)
         self.filled = torch.tensor(self.used, device=keys.device)  # `used`, where kernels can read it
         self.mask = self._mask()
+        self._grid = self._lanes_by_heads()
 
     @classmethod
     def from_prompt(cls, keys: Tensor, values: Tensor, kept: Tensor, limit: int | None) -> LayerCache:
@@ -113,6 +114,12 @@ class LayerCache:
         mask = precise(torch.zeros_like(empty, dtype=self.keys.dtype)).masked_fill_(empty, -torch.inf)
         return F.pad(mask, (0, 1))[:, None, None]
 
+    def _lanes_by_heads(self) -> tuple[Tensor, Tensor]:
+        """Every lane's and every KV head's index, `(lanes, 1)` and `(1, kv_heads)`: with a slot, where to write."""
+        lanes, kv_heads = self.keys.shape[:2]
+        device = self.keys.device
+        return torch.arange(lanes, device=device)[:, None], torch.arange(kv_heads, device=device)[None]
+
     def logits(self, query: Tensor, key: Tensor, scaling: float) -> Tensor:
         """Scaled logits of one query per lane over the cache and its own token.
 
@@ -179,12 +186,11 @@ class LayerCache:
             room: as for `place`.
             may_refuse: a slot past the last one means that the token is not stored.
         """
-        lane = torch.arange(slot.shape[0], device=slot.device)[:, None]
-        at = (lane, torch.arange(slot.shape[1], device=slot.device)[None], slot)
+        at = (*self._grid, slot)
         where, stored = position[:, None].to(torch.int32), None
         if may_refuse:  # what stands in the last slot is written back
             stored = slot < self.slots
-            at = (*at[:2], slot.clamp_max(self.slots - 1))
+            at = (*self._grid, slot.clamp_max(self.slots - 1))
             where = torch.where(stored, where, self.positions[at])
         self.put(at, key, value, stored)
         self.positions[at] = where
@@ -224,6 +230,7 @@ class LayerCache:
         self.filled = self.filled[lanes]
         self.used, self.most_used = [self.used[i] for i in rows], [self.most_used[i] for i in rows]
         self.mask = self._mask()
+        self._grid = self._lanes_by_heads()
 
 
 def pad_slots(tensor: Tensor, slots: int, dim: int, value: float = 0) -> Tensor:

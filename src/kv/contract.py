@@ -145,6 +145,19 @@ def judge_scores(found: Sequence[float]) -> str:
 # Decoding.
 
 
+def check_rank(ranks: Any, shape: tuple[int, int, int], device: torch.device) -> Tensor:
+    """`Policy.rank`'s numbers, `(lanes, kv_heads, slots)`, or `slots + 1` where the policy may refuse.
+
+    Raises:
+        ContractError: other shapes, or no numbers.
+    """
+    if not isinstance(ranks, Tensor) or ranks.shape != shape or not (ranks.is_floating_point() or ranks.dtype in WHOLE):
+        raise ContractError(f"gave {show(ranks)}; expected numbers {shape}")
+    if ranks.device != device:
+        raise ContractError(f"gave numbers on {ranks.device}; expected them on {device}")
+    return ranks
+
+
 def check_evict(victims: Any, lanes: int, kv_heads: int, device: torch.device) -> Tensor:
     """`Policy.evict`'s slots, `(lanes, kv_heads)`.
 
