@@ -11,12 +11,14 @@ have a leading `lanes` dimension: lanes of one policy and one budget are answere
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_type_hints
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from policies.parts import Allocator, Store
 from src.kv.cache import LayerCache
 from src.kv.checks import check
 from src.kv.contract import check_recent, check_scores
@@ -35,7 +37,7 @@ Foresight = Literal["generated", "reference"]  # which answer: the full cache's 
 class Policy(ABC):
     """Decides which tokens each layer keeps.
 
-    Class attributes:
+    Attributes:
         evicts_while_decoding: the cache never holds more than `budget` entries; otherwise it grows by one
             entry per generated token after the prompt was cut to `budget`.
         uses_budget: False for policies whose kept set does not depend on a budget (the full cache).
@@ -45,6 +47,8 @@ class Policy(ABC):
             `room`, `prune` or `make_cache`.
         may_refuse: `evict` may turn the incoming token away instead of giving it a slot.
         chooses: at each step only some of the cached tokens are attended to; `attended` says which.
+        allocate: who may hold how many entries; None: every layer and KV head `budget`.
+        store: how a kept token is held; None: as it is.
         reconstruction: where the formulas come from, if neither from the paper's own text nor from its authors'
             code. Figures of such a policy are shown as "(our reconstruction)", with this text in the notes.
     """
@@ -56,6 +60,9 @@ class Policy(ABC):
     may_refuse: ClassVar[bool] = False
     chooses: ClassVar[bool] = False
     reconstruction: ClassVar[str] = ""
+
+    allocate: Allocator | None = field(default=None, kw_only=True)
+    store: Store | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         """Check every setting against its annotation; ValueError names the setting and what would be valid."""
@@ -118,6 +125,8 @@ class Policy(ABC):
 
     def make_cache(self, prompt: PromptAttention, kept: Tensor, limit: int | None) -> LayerCache:
         """How one layer's kept tokens are stored."""
+        if self.store is not None:
+            return self.store.hold(prompt, list(kept), limit)
         return LayerCache.from_prompt(prompt.keys, prompt.values, kept, limit)
 
     def limit(self, budget: int, kept: int) -> int | None:
@@ -198,7 +207,21 @@ def lowest_slot(scores: Tensor, protected: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class ScorePolicy(Policy):
+class RankedPolicy(Policy):
+    """Keep the prompt's tokens that are worth most. What has an order goes with every allocation (`allocate`)."""
+
+    @abstractmethod
+    def rank_prompt(self, prompt: PromptAttention, budget: int) -> Tensor:
+        """What every prompt token is worth, `(kv_heads, n)`: the lowest leaves first, infinity stays."""
+
+    def keep_prompt(self, prompt: PromptAttention, budget: int) -> Tensor:
+        if prompt.length <= budget:
+            return keep_all(prompt)
+        return self.rank_prompt(prompt, budget).topk(budget, dim=-1).indices.sort(dim=-1).values
+
+
+@dataclass(frozen=True)
+class ScorePolicy(RankedPolicy):
     """Keep the most recent tokens and, of the older ones, those with the highest scores.
 
     Subclasses give `recent` and `score`, and most policies need nothing else.
@@ -227,6 +250,13 @@ class ScorePolicy(Policy):
         prompt.doubts.append(check_scores(scores, prompt.kv_heads, older))
         top = scores.topk(budget - recent, dim=-1).indices.sort(dim=-1).values
         return torch.cat([top, keep_all(prompt)[:, older:]], dim=-1)
+
+    def rank_prompt(self, prompt: PromptAttention, budget: int) -> Tensor:
+        """The scores, and infinity for the most recent tokens."""
+        recent = check_recent(self.recent(budget), budget)
+        scores = self._older_scores(prompt, budget)
+        prompt.doubts.append(check_scores(scores, prompt.kv_heads, prompt.length - recent))
+        return F.pad(scores, (0, recent), value=torch.inf)
 
     def prompt_measures(self, prompt: PromptAttention, budget: int) -> dict[str, Tensor]:
         """How the score depends on the position (`src.kv.position`), over the tokens that compete."""

@@ -77,7 +77,7 @@ class H2O(ScorePolicy):
         if self.normalise == "rows":
             state.slots["divisor"] += 1
         elif self.normalise == "expectation":
-            seen = (step.positions[:, :1] >= 0).sum(dim=-1, keepdim=True) + 1
+            seen = (step.positions >= 0).sum(dim=-1, keepdim=True) + 1
             state.slots["divisor"] += 1 / seen
 
     def rank(self, step: DecodeStep, state: State) -> Tensor:

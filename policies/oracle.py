@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
-from policies.base import Foresight, Policy, keep_all
+from policies.base import Foresight, RankedPolicy
 
 if TYPE_CHECKING:
     from src.kv.prompt import PromptAttention
 
 
 @dataclass(frozen=True)
-class Oracle(Policy):
+class Oracle(RankedPolicy):
     """Keep the `budget` prompt tokens that the answer's tokens attend to most
 
         s_j = sum over the rows i of the answer of a_ij,  a from a run with the full cache
@@ -42,11 +42,9 @@ class Oracle(Policy):
     def foresees(self) -> Foresight | None:
         return self.answer
 
-    def keep_prompt(self, prompt: PromptAttention, budget: int) -> Tensor:
-        if prompt.length <= budget:
-            return keep_all(prompt)
+    def rank_prompt(self, prompt: PromptAttention, budget: int) -> Tensor:
         received = prompt.answer_attention(self.answer)
         score = received.mean(dim=1) if self.group == "mean" else received.amax(dim=1)
         if self.weigh_values:
             score = score * prompt.value_norms("l2")
-        return score.topk(budget, dim=-1).indices.sort(dim=-1).values
+        return score

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from policies.base import Policy, keep_all
+from policies.base import RankedPolicy, keep_all
 from src.kv.state import State
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Recent(Policy):
+class Recent(RankedPolicy):
     """Keep the last `budget` tokens ("window attention" in Xiao et al. 2023, arXiv 2309.17453, where it fails).
 
     Every key keeps its original position; the tokens are contiguous, so positions inside the cache would give the
@@ -25,8 +25,8 @@ class Recent(Policy):
 
     evicts_while_decoding: ClassVar[bool] = True
 
-    def keep_prompt(self, prompt: PromptAttention, budget: int) -> Tensor:
-        return keep_all(prompt)[:, -budget:]
+    def rank_prompt(self, prompt: PromptAttention, budget: int) -> Tensor:
+        return keep_all(prompt).float()
 
     def rank(self, step: DecodeStep, state: State) -> Tensor:
         return step.positions.float()

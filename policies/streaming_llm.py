@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from policies.base import Policy, keep_all
+from policies.base import RankedPolicy, keep_all
 from src.kv.state import State
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class StreamingLLM(Policy):
+class StreamingLLM(RankedPolicy):
     """Keep the first `sinks` tokens and the last `budget - sinks`; every new token pushes the oldest recent one out.
 
     In the paper positions are those *inside the cache*: key number s of the cache is rotated to position s and
@@ -41,11 +41,9 @@ class StreamingLLM(Policy):
     def least_budget(self) -> int:
         return self.sinks + 1
 
-    def keep_prompt(self, prompt: PromptAttention, budget: int) -> Tensor:
-        if prompt.length <= budget:
-            return keep_all(prompt)
-        everything = keep_all(prompt)
-        return torch.cat([everything[:, : self.sinks], everything[:, prompt.length - budget + self.sinks :]], dim=-1)
+    def rank_prompt(self, prompt: PromptAttention, budget: int) -> Tensor:
+        positions = keep_all(prompt)
+        return positions.float().masked_fill(positions < self.sinks, torch.inf)
 
     def adjust_logits(self, step: DecodeStep) -> None:
         if self.positions == "original" or self.sinks == 0:

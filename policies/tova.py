@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from policies.base import Policy, keep_all
+from policies.base import RankedPolicy
 from src.kv.state import State
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TOVA(Policy):
+class TOVA(RankedPolicy):
     """Keep the `budget` tokens with the highest attention of the last query, averaged over all heads of the layer
 
         s_j = mean over heads h of a^h_nj
@@ -29,11 +29,8 @@ class TOVA(Policy):
     evicts_while_decoding: ClassVar[bool] = True
     may_refuse: ClassVar[bool] = True
 
-    def keep_prompt(self, prompt: PromptAttention, budget: int) -> Tensor:
-        if prompt.length <= budget:
-            return keep_all(prompt)
-        last = prompt.window_weights(1)[:, :, 0].mean(dim=(0, 1))
-        return last.topk(budget).indices.sort().values.expand(prompt.kv_heads, -1)
+    def rank_prompt(self, prompt: PromptAttention, budget: int) -> Tensor:
+        return prompt.window_weights(1)[:, :, 0].mean(dim=(0, 1)).expand(prompt.kv_heads, -1)
 
     def rank(self, step: DecodeStep, state: State) -> Tensor:
         return step.weights.mean(dim=(1, 2))[:, None].expand(-1, step.keys.shape[1], -1)
