@@ -97,6 +97,32 @@ class LayerCache:
         """Bytes of one token's key and value, all KV heads of the layer."""
         return sum(t.shape[1] * t.shape[3] * t.element_size() for t in (self.keys, self.values))
 
+    # What heads hold may differ in number (`src.kv.ragged`); who asks need not know.
+
+    def held(self, lane: int) -> list[int]:
+        """Entries of a lane now, by KV head."""
+        return [self.used[lane]] * self.positions.shape[1]
+
+    def kept(self, lane: int) -> list[Tensor]:
+        """Positions of what a lane holds, by KV head, `(k,)` each, on the host, in the order of its slots."""
+        return self.by_head(lane, self.positions[lane])
+
+    def by_head(self, lane: int, of_slots: Tensor) -> list[Tensor]:
+        """The entries of `(kv_heads, slots)` where a lane holds a token, by KV head, in the order of `kept`."""
+        return list(of_slots[:, : self.used[lane]].to("cpu", copy=True))
+
+    def filled_by_head(self) -> Tensor:
+        """Entries of every lane and KV head, `(lanes, kv_heads)`, where kernels can read them."""
+        return self.filled[:, None].expand(-1, self.positions.shape[1])
+
+    def keys_of(self, lanes: slice) -> Tensor:
+        """Cached keys of some lanes, `(lanes, kv_heads, slots, head_dim)`."""
+        return self.keys[lanes]
+
+    def most_bytes(self, lane: int) -> int:
+        """The most bytes of keys and values that a lane has held."""
+        return self.entry_bytes * self.most_used[lane]
+
     def is_finite(self, lane: int) -> bool:
         """Whether all of a lane's keys and values are numbers."""
         return bool(self.keys[lane].isfinite().all() and self.values[lane].isfinite().all())
