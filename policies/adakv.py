@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -123,6 +123,7 @@ class AdaptivePlan:
 
     rule: AdaKV
     base: Plan
+    revises: ClassVar[bool] = False
 
     def told(self, layer: int) -> int:
         return self.base.told(layer)

@@ -69,6 +69,28 @@ class Policy(ABC):
         hints = get_type_hints(type(self))
         for setting in fields(self):
             check(setting.name, getattr(self, setting.name), hints[setting.name])
+        self.check_parts()
+
+    def check_parts(self) -> None:
+        """ValueError: an allocator or a store that does not go with this policy."""
+        name, part = type(self).__name__, type(self.allocate).__name__
+        if self.allocate is not None:
+            if not isinstance(self.allocate, Allocator):
+                raise ValueError(f"allocate={self.allocate}: valid: an allocator (conf/policy/allocate), or null")
+            if not isinstance(self, RankedPolicy) or self.own_pool:
+                raise ValueError(f"allocate={part}: {name} does not rank the prompt's tokens; valid: null")
+        if self.store is None:
+            return
+        part = type(self.store).__name__
+        if not isinstance(self.store, Store):
+            raise ValueError(f"store={self.store}: valid: a store (conf/policy/store), or null")
+        if self.own_pool:
+            raise ValueError(f"store={part}: {name} has a cache of its own; valid: null")
+        if not self.store.overwrites and self.limit(1 << 20, 1) is not None:
+            raise ValueError(
+                f"store={part}: cannot give one token's slot to another, and {name} evicts while decoding; valid: null, "
+                "a store that can, or a policy that cuts the prompt only"
+            )
 
     @property
     def foresees(self) -> Foresight | None:

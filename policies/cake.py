@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
@@ -118,6 +118,7 @@ class Cascading:
     beside: int
     preferences: list[float] = field(default_factory=list)
     counts: list[list[int]] = field(default_factory=list)
+    revises: ClassVar[bool] = True
 
     def told(self, layer: int) -> int:
         return self.allotment.budget

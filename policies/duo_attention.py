@@ -114,6 +114,10 @@ class HeadsByReach:
     seen: list[Sequence[float]] = field(default_factory=list)
     counts: list[list[int]] = field(default_factory=list)
 
+    @property
+    def revises(self) -> bool:
+        return not self.rule.pattern
+
     def told(self, layer: int) -> int:
         return self.allotment.budget
 

@@ -38,6 +38,11 @@ class StreamingLLM(RankedPolicy):
     positions: Literal["cache", "original"] = "cache"
     evicts_while_decoding: ClassVar[bool] = True
 
+    def check_parts(self) -> None:
+        super().check_parts()
+        if self.allocate is not None and self.positions == "cache":
+            raise ValueError("positions=cache: counts in caches of one size; valid with an allocator: original")
+
     def least_budget(self) -> int:
         return self.sinks + 1
 

@@ -26,6 +26,7 @@ from src.kv.checks import shown as as_typed
 if TYPE_CHECKING:
     from src.engine.request import Variant
 
+PARTS = ("allocate", "store")  # folders of conf/policy, whose files go with any policy
 LONGEST_NAME = 100  # characters of a policy's name: it is part of file names
 
 
@@ -81,6 +82,9 @@ def policy_config(spec: str | Mapping[str, Any], seed: int = 0) -> DictConfig:
         problem = "has no name" if name is None else f"has name={name}"
         raise InputError(f"policies: {spec} {problem}; valid: a policy's name or {{name: ..., option: value}}")
     overrides = [f"policy={name}", f"seed={seed}"]
+    for part in PARTS:
+        if isinstance(options.get(part), str):  # the name of a file in conf/policy/allocate or store
+            overrides.append(f"policy/{part}={quoted(options.pop(part))}")
     if HydraConfig.initialized():  # a folder of the user's own policies
         sources = HydraConfig.get().runtime.config_sources
         extra = [f"{s.schema}://{s.path}" for s in sources if s.provider not in ("hydra", "main", "schema")]
@@ -93,9 +97,9 @@ def policy_config(spec: str | Mapping[str, Any], seed: int = 0) -> DictConfig:
         raise InputError(explain(error, "config", [])) from None
     if not isinstance(node, DictConfig) or "_target_" not in node:
         raise InputError(f"policy={name}: its configuration has no _target_; valid: _target_: module.Class")
-    unknown = sorted(set(options) - set(node))
+    unknown = sorted(set(options) - set(node) - set(PARTS))
     if unknown:
-        valid = ", ".join(sorted(str(k) for k in node if k not in ("name", "_target_")))
+        valid = ", ".join(sorted({*map(str, node), *PARTS} - {"name", "_target_"}))
         raise InputError(f"policies: {name} has no option {unknown[0]!r}; valid: {valid or 'none'}")
     return OmegaConf.merge(node, options)  # type: ignore[return-value]
 
@@ -120,11 +124,21 @@ def make_cell(policy: Mapping[str, Any] | DictConfig, budget: Budget | None, sho
     if not isinstance(name, str) or not 0 < len(name) <= LONGEST_NAME or not name.isprintable():
         raise InputError(f"policy.name={as_typed(name)}: valid: a name of 1 to {LONGEST_NAME} printable characters")
     made = make_policy(settings, name)
+    name = with_parts(name, settings)
     settings = {"name": name, **settings}
     if isinstance(budget, SplitBudget) and made.uses_budget:
         settings["decode_budget"] = budget.decode
         shown = f"{shown or name} decode={budget.decode:g}"
     return CellConfig(name, settings, Variant(made, budget if made.uses_budget else None), shown or name)
+
+
+def with_parts(name: str, settings: Mapping[str, Any]) -> str:
+    """A policy's name with those of the parts that it was combined with: `snapkv+adakv`.
+
+    A part that the policy's own file brings has no name there: it is in the policy's.
+    """
+    parts = [settings[part] for part in PARTS if isinstance(settings.get(part), Mapping)]
+    return "+".join([name, *(str(part["name"]) for part in parts if "name" in part and f"+{part['name']}" not in name)])
 
 
 def chosen_policy() -> str:

@@ -1,4 +1,5 @@
-"""From a policy's settings to its object. Nothing but a `Policy` class is ever called, at any depth.
+"""From a policy's settings to its object. Nothing but a class of a `Policy`, or of a `Part` of one, is
+ever called, at any depth.
 
 `hydra.utils.instantiate` would call whatever a `_target_` names (`torch.load`, `builtins.open`, ...); here the name is
 resolved, the class checked, and only then called. Importing a module runs it all the same: somebody else's folder of
@@ -17,6 +18,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from policies.base import Policy
+from policies.parts import Part
 from src.errors import InputError
 from src.kv.faults import RAISED, said
 
@@ -35,14 +37,24 @@ def make_policy(settings: Mapping[str, Any], name: str) -> Policy:
     Raises:
         InputError: a target that is no policy's class, or options that it does not take.
     """
+    made: Policy = make(settings, name, (Policy,))
+    return made
+
+
+def make(settings: Mapping[str, Any], name: str, kinds: tuple[type, ...]) -> Any:
+    """As `make_policy`, of a class of one of these kinds."""
     options = {key: option(value, f"{name}: {key}") for key, value in settings.items() if key != TARGET}
     for key in options:
         if not isinstance(key, str) or SPECIAL.fullmatch(key):
             raise InputError(f"policy={name}: {key}: no option of a policy; valid: {TARGET} and the class's options")
-    found = policy_class(settings.get(TARGET), name)
+    found = class_of(settings.get(TARGET), name, kinds)
+    if issubclass(found, Part):
+        options.pop("name", None)  # what tables call it
     try:
         made = found(**options)
-        check_declared(made)
+        if isinstance(made, Policy):
+            check_declared(made)
+        hash(made)  # cells are told apart by their policies
     except RAISED as error:
         message = said(error) or f"its constructor raised {type(error).__name__}"
         raise InputError(f"policy={name}: {message}") from None
@@ -50,19 +62,19 @@ def make_policy(settings: Mapping[str, Any], name: str) -> Policy:
 
 
 def option(value: Any, name: str) -> Any:
-    """An option's value as a constructor takes it: numbers, texts, lists and mappings of them, or a policy."""
+    """An option's value as a constructor takes it: numbers, texts, lists and mappings of them, a policy or a part."""
     if isinstance(value, Mapping) and TARGET in value:
-        return make_policy(value, name)
+        return make(value, name, (Policy, Part))
     if isinstance(value, Mapping):
         for key, inner in value.items():
             if not isinstance(key, str) or SPECIAL.fullmatch(key):
                 raise InputError(f"policy={name}.{key}: valid: texts as names, none between underscores")
-            if isinstance(option(inner, f"{name}.{key}"), Policy):
+            if isinstance(option(inner, f"{name}.{key}"), Policy | Part):
                 raise InputError(f"policy={name}.{key}: a policy within a mapping; valid: as an option of its own")
         return OmegaConf.create(dict(value))
     if isinstance(value, list):
         for i, inner in enumerate(value):
-            if isinstance(option(inner, f"{name}[{i}]"), Policy):
+            if isinstance(option(inner, f"{name}[{i}]"), Policy | Part):
                 raise InputError(f"policy={name}[{i}]: a policy within a list; valid: as an option of its own")
         return OmegaConf.create(value)
     if isinstance(value, float) and not math.isfinite(value):
@@ -74,21 +86,22 @@ def option(value: Any, name: str) -> Any:
     return value
 
 
-def policy_class(target: Any, name: str) -> type[Policy]:
+def class_of(target: Any, name: str, kinds: tuple[type, ...]) -> type[Any]:
     """The class that a dotted name stands for.
 
     Raises:
-        InputError: it cannot be imported, or is no policy.
+        InputError: it cannot be imported, or is of none of these kinds.
     """
-    wanted = f"valid: {TARGET}: module.Class, a policies.base.Policy"
+    kind = " or ".join(f"{kind.__module__}.{kind.__name__}" for kind in kinds)
+    wanted = f"valid: {TARGET}: module.Class, a {kind}"
     if target is None:
         raise InputError(f"policy={name}: its configuration has no {TARGET}; {wanted}")
     if not isinstance(target, str) or not DOTTED.fullmatch(target):
         raise InputError(f"policy={name}: {TARGET}={target}: {wanted}")
     found = locate(target, name)
-    if not inspect.isclass(found) or not issubclass(found, Policy):
-        raise InputError(f"policy={name}: {target} is not a policies.base.Policy; {wanted}")
-    missing = sorted(found.__abstractmethods__)
+    if not inspect.isclass(found) or not issubclass(found, kinds):
+        raise InputError(f"policy={name}: {target} is not a {kind}; {wanted}")
+    missing = sorted(getattr(found, "__abstractmethods__", ()))
     if missing:
         raise InputError(f"policy={name}: {target} does not define {', '.join(missing)}")
     return found
@@ -136,4 +149,3 @@ def check_declared(policy: Policy) -> None:
             raise ValueError(f"{name}() gives {least!r}; valid: a whole number, 0 or more")
     if policy.foresees not in (None, "generated", "reference"):
         raise ValueError(f"foresees={policy.foresees!r} in its class; valid: None, generated, reference")
-    hash(policy)  # cells are told apart by their policies

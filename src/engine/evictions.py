@@ -72,6 +72,9 @@ class Evictions:
         joined = ranks[0] if len(ranks) == 1 else torch.cat(list(ranks))
         if room < slots:
             joined = torch.cat([joined[..., :room], joined[..., slots:]], dim=-1)
+        lacking = cache.lacking()
+        if lacking is not None:
+            joined = joined.masked_fill(F.pad(lacking, (0, joined.shape[-1] - slots)), torch.inf)
         lowest, slot = joined.min(dim=-1)
         if room < slots and any(refusing):
             slot = torch.where(slot < room, slot, slots)
@@ -88,6 +91,9 @@ class Evictions:
         wrong = safe != given
         if room < cache.slots and any(refusing):
             wrong |= (safe >= room) & (safe < cache.slots)
+        lacking = cache.lacking()
+        if lacking is not None:
+            wrong |= F.pad(lacking, (0, 1)).gather(-1, safe[..., None])[..., 0]
         lowest = torch.zeros(wrong.shape, device=wrong.device).masked_fill_(wrong, torch.inf)
         self._note(Eviction(layer, lowest, given, f"a slot from 0 to {room - 1}"), cache, room)
         return safe
@@ -101,7 +107,7 @@ class Evictions:
         return kept.clamp(0, cache.slots - 1)
 
     def _note(self, eviction: Eviction, cache: LayerCache, room: int) -> None:
-        if min(cache.used) < room:  # nothing is evicted from a lane that has room
+        if not cache.full and min(cache.used) < room:  # nothing is evicted from a lane that has room
             roomy = (cache.filled < room)[:, None]
             eviction = Eviction(
                 eviction.layer, eviction.lowest.masked_fill(roomy, 0), eviction.given, eviction.expected

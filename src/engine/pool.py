@@ -6,44 +6,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from src.engine.attention import Attention, Rotate, RotateLayer
+from src.engine.attention import Attention, RotateLayer
 from src.engine.evictions import Evictions
 from src.engine.members import Member
 from src.engine.prefill import Fork
 from src.kv.cache import LayerCache
 from src.kv.faults import describe
-from src.kv.step import DecodeStep
-
-
-@dataclass(eq=False)
-class Incoming:
-    """The tokens that one layer is handed in one step, one per lane.
-
-    Attributes:
-        query: `(lanes, kv_heads, group, head_dim)`; key and value `(lanes, kv_heads, head_dim)`.
-        position: `(lanes,)`, original ones.
-        t: tokens that every lane has taken since its prompt was cut.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    position: Tensor
-    scaling: float
-    t: int
-    rotate: Rotate
-
-    def of(self, rows: slice) -> Incoming:
-        """Those of some of the lanes."""
-        query, key, value, position = self.query[rows], self.key[rows], self.value[rows], self.position[rows]
-        return Incoming(query, key, value, position, self.scaling, self.t, self.rotate)
+from src.kv.step import DecodeStep, Incoming
 
 
 class Pool:
@@ -88,7 +63,8 @@ class Pool:
         logits = cache.logits(new.query, new.key, new.scaling)
         steps = []
         for m in self.members:
-            steps.append(self._look(m, layer, logits, new))
+            rows = slice(m.start, m.stop)
+            steps.append(DecodeStep(logits[rows], new, cache, rows, m.cell.told(layer)))
             m.adjust_logits(steps[-1])
         weights = logits.softmax(dim=-1)
         for m, step in zip(self.members, steps, strict=True):
@@ -97,26 +73,6 @@ class Pool:
         out = cache.mix(weights, new.value)
         self._store(layer, new, steps, room)
         return out
-
-    def _look(self, member: Member, layer: int, logits: Tensor, new: Incoming) -> DecodeStep:
-        """What a member's policy may know about the step."""
-        cache, rows = self.caches[layer], slice(member.start, member.stop)
-        own = logits[rows]
-        return DecodeStep(
-            logits=own,
-            weights=own,  # replaced once all policies had their word on the logits
-            query=new.query[rows],
-            keys=cache.keys[rows],
-            value=new.value[rows],
-            positions=cache.positions[rows],
-            position=new.position[rows],
-            budget=member.cell.budget,
-            limit=cache.limit,
-            t=new.t,
-            layer=layer,
-            scaling=new.scaling,
-            rotate=new.rotate,
-        )
 
     def _store(self, layer: int, new: Incoming, steps: Sequence[DecodeStep], room: int | None) -> None:
         """Every policy takes note of the step and says what goes; then the token is written."""
@@ -216,7 +172,7 @@ class LaneBatch:
         def rotate(vectors: Tensor, shift: Tensor) -> Tensor:
             return self.rotate(vectors, shift, layer)
 
-        new = Incoming(query, key, value, self.position, scaling, self.t, rotate)
+        new = Incoming(query, key, value, self.position, scaling, self.t, layer, rotate)
         parts = [pool.step(layer, new.of(slice(pool.row, pool.row + pool.lanes))) for pool in self.pools]
         out = torch.cat(parts).view(lanes, 1, heads, -1)
         if self.watch is not None:

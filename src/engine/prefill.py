@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from policies.base import Policy
+from policies.base import Policy, RankedPolicy
 from policies.full import Full
 from src.engine.attention import Attention
+from src.engine.cut import PlannedCut
 from src.kv.cache import LayerCache
 from src.kv.contract import Doubt, check_cache, check_kept, check_limit, check_measures, check_start
 from src.kv.faults import Answer, Fault, ask, describe
@@ -26,11 +27,16 @@ class Cell:
 
     policy: Policy
     budget: int
+    by_layer: tuple[int, ...] = ()  # what the policy is told of each layer, where an allocator says so
+
+    def told(self, layer: int) -> int:
+        """Entries per KV head that the policy is told about a layer."""
+        return self.by_layer[layer] if self.by_layer else self.budget
 
     @property
     def full(self) -> bool:
         """Whether this is the full cache, which others are compared with; a user's subclass of it may cut."""
-        return type(self.policy) is Full
+        return type(self.policy) is Full and self.policy.store is None
 
     @property
     def changes_weights(self) -> bool:
@@ -54,20 +60,26 @@ class Fork:
         self.caches: list[LayerCache] = []
         self.states: list[State] = []
         self.full_nbytes = 0  # of the whole prompt's keys and values, as the model computes them
+        self.planned: PlannedCut | None = None  # where layers and heads differ
         self._measured: list[dict[str, Tensor]] = []  # what the policy has to say about each layer's prompt
 
     def pool_key(self) -> object:
-        """Lanes with equal keys are attended in one call: the same limit, or about the same size and growing."""
-        limit: object = self.caches[0].limit
-        if limit is None:
-            limit = f"grows from about 2^{round(4 * math.log2(max(c.slots for c in self.caches))) / 4}"
-        return limit, self.cell if self.cell.policy.own_pool else None
+        """Lanes with equal keys are attended in one call: the same limits, or about the same sizes and growing."""
+        sizes = [cache.limit or f"grows from about 2^{round(4 * math.log2(cache.slots)) / 4}" for cache in self.caches]
+        kinds = [type(cache) for cache in self.caches]
+        policy = self.cell.policy
+        return tuple(sizes), tuple(kinds), policy.store, self.cell if policy.own_pool else None
 
     def add_layer(self, prompt: PromptAttention) -> None:
         if self.error:
             return
         try:
-            self._cut(prompt)
+            if prompt.layer == 0:
+                self._plan(prompt)
+            if self.planned is None:
+                self._cut(prompt)
+            else:
+                self._cut_by_plan(self.planned, prompt)
         except Fault as fault:
             self.fail(str(fault))
         self.full_nbytes += prompt.keys.nbytes + prompt.values.nbytes
@@ -105,9 +117,28 @@ class Fork:
         self.states.append(state)
         self._measured.append(measured)
 
+    def _plan(self, prompt: PromptAttention) -> None:
+        """Who may hold how much, unless everything fits. Raises Fault."""
+        policy, budget = self.cell.policy, self.cell.budget
+        if isinstance(policy, RankedPolicy) and policy.allocate is not None and prompt.length > budget:
+            self.planned = PlannedCut(policy, budget, prompt)
+            self.cell = replace(self.cell, by_layer=tuple(self.planned.told))
+
+    def _cut_by_plan(self, planned: PlannedCut, prompt: PromptAttention) -> None:
+        """The same where an allocator divides the budget; the caches come with the last layer. Raises Fault."""
+        policy, layer = self.cell.policy, prompt.layer
+        self.doubts += [(layer, doubt) for doubt in planned.add_layer(prompt)]
+        told = self.cell.told(layer)
+        measured = ask(policy, "prompt_measures", layer, policy.prompt_measures, prompt, told)
+        self._measured.append(ask(policy, "prompt_measures", layer, check_measures, measured, Tensor))
+        if layer == prompt.layers - 1:
+            held = planned.finish()
+            self.caches, self.states = [one.cache for one in held], [one.state for one in held]
+
     def fail(self, error: str) -> None:
         """Its policy is asked nothing more, and its caches go."""
         self.error, self.caches, self.states, self._measured = error, [], [], []
+        self.planned = None
         self.doubts = []
 
     def measures(self) -> dict[str, Tensor]:

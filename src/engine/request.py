@@ -124,7 +124,8 @@ class Generation:
 
     Attributes:
         tokens: generated, the stop token included.
-        kept_prompt: per layer, original positions kept when the prompt had been cut, `(kv_heads, k)`.
+        kept_prompt: per layer, original positions kept when the prompt had been cut, `(kv_heads, k)`; -1 where a head
+            holds fewer than another.
         kept_end: the same when the lane ended, generated tokens included.
         kv_bytes: keys and values after the cut, read off the storages.
         kv_bytes_by_device: the same, apart where some of it lies in host memory: "device" and "host".
@@ -178,8 +179,7 @@ class Generation:
         """
         caches, lane = batch.locate(row)
         self.kept_end = [cache.positions[lane, :, : cache.used[lane]].to("cpu", copy=True) for cache in caches]
-        held = sum(cache.entry_bytes * cache.most_used[lane] for cache in caches)
-        self.kv_bytes_peak = max(self.kv_bytes, held)
+        self.kv_bytes_peak = max(self.kv_bytes, sum(cache.most_bytes(lane) for cache in caches))
         self.picks = [
             count[:, : cache.used[lane]].to("cpu", copy=True)
             for count, cache in zip(batch.picks(row), caches, strict=False)

@@ -111,6 +111,10 @@ class LayerCache:
         """The entries of `(kv_heads, slots)` where a lane holds a token, by KV head, in the order of `kept`."""
         return list(of_slots[:, : self.used[lane]].to("cpu", copy=True))
 
+    def lacking(self) -> Tensor | None:
+        """Slots that a KV head lacks though all lanes are full, `(lanes, kv_heads, slots)`; None: there are none."""
+        return None
+
     def filled_by_head(self) -> Tensor:
         """Entries of every lane and KV head, `(lanes, kv_heads)`, where kernels can read them."""
         return self.filled[:, None].expand(-1, self.positions.shape[1])

@@ -142,11 +142,39 @@ def judge_scores(found: Sequence[float]) -> str:
     return ""
 
 
+def check_counts(given: Any, before: Sequence[Sequence[int]]) -> Mapping[int, Sequence[int]]:
+    """`Plan.cut`'s counts: for some of the layers so far, one for each KV head, from 1 to what it had `before`.
+
+    Raises:
+        ContractError: anything else.
+    """
+    if not isinstance(given, Mapping) or not set(given) <= set(range(len(before))):
+        raise ContractError(f"gave {show(given)}; expected counts for some of the layers 0 to {len(before) - 1}")
+    for layer, counts in given.items():
+        had = before[layer]
+        fits = isinstance(counts, Sequence) and len(counts) == len(had)
+        if not fits or not all(
+            type(count) is int and 1 <= count <= most for count, most in zip(counts, had, strict=True)
+        ):
+            raise ContractError(
+                f"gave layer {layer} {show(counts)}; expected a count for each KV head, 1 to {list(had)}"
+            )
+    return given
+
+
+def check_total(counts: Sequence[Sequence[int]], total: int) -> None:
+    """All layers' counts add up. Raises ContractError."""
+    given = sum(sum(heads) for heads in counts)
+    if given != total:
+        raise ContractError(f"gave {given} entries to all heads together; expected {total}")
+
+
 # Decoding.
 
 
-def check_rank(ranks: Any, shape: tuple[int, int, int], device: torch.device) -> Tensor:
-    """`Policy.rank`'s numbers, `(lanes, kv_heads, slots)`, or `slots + 1` where the policy may refuse.
+def check_rank(ranks: Any, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """`Policy.rank`'s numbers, `(lanes, kv_heads, slots)`, or `slots + 1` where the policy may refuse; and those of
+    `RankedPolicy.rank_prompt`, `(kv_heads, n)`.
 
     Raises:
         ContractError: other shapes, or no numbers.

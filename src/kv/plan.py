@@ -37,7 +37,14 @@ class Allotment:
 
 
 class Plan(Protocol):
-    """One request's allotment. Rankings are nested: the best of a smaller count are among the best of a larger one."""
+    """One request's allotment. Rankings are nested: the best of a smaller count are among the best of a larger one.
+
+    Attributes:
+        revises: a layer's counts may still fall when later layers come.
+    """
+
+    @property
+    def revises(self) -> bool: ...
 
     def told(self, layer: int) -> int:
         """Entries per KV head that a policy is told before a layer's scores are known (`budget` of its hooks)."""

@@ -155,6 +155,9 @@ class RaggedCache(LayerCache):
         there = (self.positions[lane] >= 0).cpu()
         return [of_head[held] for of_head, held in zip(of_slots.cpu(), there, strict=True)]
 
+    def lacking(self) -> Tensor | None:
+        return None if self.limit is None or self.mask is None else self.positions < 0
+
     def filled_by_head(self) -> Tensor:
         return self.filled
 

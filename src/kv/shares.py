@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil, floor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
@@ -25,6 +25,7 @@ class ByLayer:
 
     counts: Sequence[int]
     kv_heads: int
+    revises: ClassVar[bool] = False
 
     @classmethod
     def uniform(cls, allotment: Allotment) -> ByLayer:

@@ -35,12 +35,15 @@ class Trace:
     shares: list[np.ndarray] = field(default_factory=list)
 
     def note(self, step: int, kept: Sequence[Tensor], attended: Sequence[Tensor] | None = None) -> None:
-        """`kept`: per layer, original positions `(kv_heads, k)`; `attended`: what share of each counts, all without."""
+        """`kept`: per layer, original positions `(kv_heads, k)`, -1 where there is none; `attended`: what share of each
+        counts, all without.
+        """
         heads = sum(layer.shape[0] for layer in kept)
         total = torch.zeros(BINS, dtype=torch.float64)
         for i, layer in enumerate(kept):
-            share = None if attended is None else attended[i].flatten().double()
-            total += torch.bincount((layer // self.width).flatten(), share, minlength=BINS).cpu()
+            there = layer >= 0
+            share = None if attended is None else attended[i][there].double()
+            total += torch.bincount(layer[there] // self.width, share, minlength=BINS).cpu()
         self.steps.append(step)
         self.shares.append((total / (heads * self.width)).numpy())
 

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import Tensor
+
 from evals.metrics import extra_scores, score_sample
 from evals.prompts import Prompt, encode
 from evals.tasks import Sample, Task
@@ -188,9 +190,16 @@ def failed(start: Record, reason: str) -> Record:
     return replace(start, prediction="", new_tokens=0, score=None, error=reason)
 
 
-def entries(kept: Sequence[Any]) -> int | list[int]:
-    """Entries per KV head: one number when all layers hold equally many."""
-    counts = [int(layer.shape[-1]) for layer in kept]
+def entries(kept: Sequence[Tensor]) -> int | list[int] | list[list[int]]:
+    """Entries per KV head: one number when all layers hold equally many, a list of lists where heads differ.
+
+    Args:
+        kept: per layer, positions `(kv_heads, k)`, -1 where there is none.
+    """
+    heads = [(layer >= 0).sum(dim=-1).tolist() for layer in kept]
+    if any(len(set(counts)) > 1 for counts in heads):
+        return heads
+    counts = [layer[0] for layer in heads]
     return counts[0] if len(set(counts)) == 1 else counts
 
 

@@ -1,0 +1,235 @@
+"""A prompt cut by a plan: other numbers of tokens for other layers and heads, some cut further when later layers come.
+
+Cells whose layers and heads hold alike do not come here: they keep what their policy names (`src.engine.prefill`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from policies.base import Policy, RankedPolicy
+from src.kv.cache import LayerCache
+from src.kv.contract import Doubt, check_counts, check_rank, check_total
+from src.kv.faults import ask
+from src.kv.plan import Allotment, Plan
+from src.kv.prompt import PromptAttention
+from src.kv.ragged import RaggedCache
+from src.kv.state import State
+
+LAST_ROWS = 128  # of the prompt's queries stay for stores that want to know what is asked for (ThinK: 32)
+
+
+@dataclass(frozen=True)
+class LayerHeld:
+    """One layer, as its lanes begin."""
+
+    cache: LayerCache
+    state: State
+
+
+class PlannedCut:
+    """What one cell keeps of one prompt, by its allocator's plan.
+
+    Args:
+        policy: with an `allocate`.
+        budget: entries per layer and KV head, on average.
+
+    Attributes:
+        peak_nbytes: the most bytes of keys and values that its layers took while they came.
+    """
+
+    def __init__(self, policy: RankedPolicy, budget: int, prompt: PromptAttention) -> None:
+        self.policy, self.layers = policy, prompt.layers
+        always = policy.least_budget() - 1
+        self.allotment = Allotment(budget, prompt.length, prompt.layers, prompt.kv_heads, always)
+        assert policy.allocate is not None
+        self.plan: Plan = ask(policy, "allocate", None, policy.allocate.plan, self.allotment)
+        self.told = [self.plan.told(layer) for layer in range(prompt.layers)]
+        self.open: list[LayerCut] = []  # layers that may still shrink
+        self.held: list[LayerHeld] = []
+        self.counts: list[list[int]] = []
+        self.peak_nbytes = 0
+
+    def add_layer(self, prompt: PromptAttention) -> list[Doubt]:
+        """The next layer. What must still be looked at comes back.
+
+        Raises:
+            Fault: the policy, its allocator or its store raised, or broke its contract.
+        """
+        policy, layer, told = self.policy, prompt.layer, self.told[prompt.layer]
+        prompt.doubts.clear()
+        ranks = ask(policy, "rank_prompt", layer, self._rank, prompt)
+        before = [*self.counts, [prompt.length] * prompt.kv_heads]
+        given = ask(policy, "allocate", layer, self._divide, prompt, ranks, before)
+        self.counts = [list(given.get(earlier, had)) for earlier, had in enumerate(before)]
+        kept = best(ranks, self.counts[-1])
+        state = ask(policy, "start", layer, remembered, policy, prompt, kept, told)
+        if self.plan.revises:
+            self.open.append(LayerCut(prompt, kept, ranks, state))
+            for earlier in given:
+                self.open[earlier].shrink(self.counts[earlier])
+        else:
+            cache = ask(policy, "store", layer, hold, policy, prompt, kept, told)
+            self.held.append(LayerHeld(cache, state))
+        taken = sum(cut.nbytes for cut in self.open) + sum(one.cache.nbytes for one in self.held)
+        self.peak_nbytes = max(self.peak_nbytes, taken)
+        return [*prompt.doubts, enough(ranks, self.counts[-1])]
+
+    def _rank(self, prompt: PromptAttention) -> Tensor:
+        ranks = self.policy.rank_prompt(prompt, self.told[prompt.layer])
+        return check_rank(ranks, (prompt.kv_heads, prompt.length), prompt.keys.device)
+
+    def _divide(
+        self, prompt: PromptAttention, ranks: Tensor, before: Sequence[Sequence[int]]
+    ) -> Mapping[int, Sequence[int]]:
+        return check_counts(self.plan.cut(prompt, ranks), before)
+
+    def finish(self) -> list[LayerHeld]:
+        """All layers, once the last has come.
+
+        Raises:
+            Fault: the counts do not add up to the budget, or the store raised.
+        """
+        assert self.policy.allocate is not None
+        if self.policy.allocate.exact:
+            ask(self.policy, "allocate", None, check_total, self.counts, self.allotment.total)
+        while self.open:  # one after the other: one is in memory twice
+            cut = self.open.pop(0)
+            cache = ask(self.policy, "store", cut.prompt.layer, cut.hold, self.policy, self.told[cut.prompt.layer])
+            self.held.append(LayerHeld(cache, cut.state))
+        return self.held
+
+
+class LayerCut:
+    """What is left of one layer while it may still shrink: exact, padded to its longest head.
+
+    Args:
+        kept: of every KV head, positions, ascending.
+        ranks: what they are worth, `(kv_heads, n)` over the whole prompt.
+        state: what the policy remembers about them, `(kv_heads, ..., longest)`.
+    """
+
+    def __init__(self, prompt: PromptAttention, kept: Sequence[Tensor], ranks: Tensor, state: State) -> None:
+        self.prompt, self.ranks, self.state, self.length = prompt, ranks, state, prompt.length
+        self.positions = torch.arange(prompt.length, device=ranks.device).expand(prompt.kv_heads, -1)
+        self._narrow(kept)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values while they are held like this."""
+        return self.prompt.keys.nbytes + self.prompt.values.nbytes
+
+    def shrink(self, counts: Sequence[int]) -> None:
+        """Only so many of every head's tokens stay, those that are worth most."""
+        if list(counts) != self.counts:
+            kept = best(self.ranks, counts)
+            self.state = State(
+                {name: columns(tensor, padded(kept)) for name, tensor in self.state.slots.items()}, self.state.fixed
+            )
+            self._narrow(kept)
+            clear(self.state, self.missing)
+
+    def _narrow(self, kept: Sequence[Tensor]) -> None:
+        index, prompt = padded(kept), self.prompt
+        self.counts = [len(head) for head in kept]
+        self.missing = absent(self.counts, index.device)
+        keys, values = (rows(tensor, index) for tensor in (prompt.keys, prompt.values))
+        queries = prompt.queries[:, -LAST_ROWS:].clone()  # the rest can go
+        self.prompt = PromptAttention(queries, keys, values, prompt.scaling, prompt.layer, prompt.layers)
+        self.ranks = self.ranks.gather(-1, index).masked_fill(self.missing, -torch.inf)
+        self.positions = self.positions.gather(-1, index).masked_fill(self.missing, -1)
+
+    def hold(self, policy: Policy, told: int) -> LayerCache:
+        """The cache that the lanes decode with, held as the policy's store does."""
+        kept = [torch.arange(count, device=self.positions.device) for count in self.counts]
+        cache = hold(policy, self.prompt, kept, told, whole=max(self.counts) == self.length)
+        cache.positions = self.positions.to(torch.int32)[None].clone()
+        return cache
+
+
+def hold(
+    policy: Policy, prompt: PromptAttention, kept: Sequence[Tensor], told: int, whole: bool | None = None
+) -> LayerCache:
+    """One layer's cache. Heads that keep equally many stand in a rectangle.
+
+    A policy that evicts while decoding does so within what each head was given, as soon as that is less than the
+    prompt.
+
+    Args:
+        whole: some head keeps the whole prompt; None: as the prompt's length says.
+    """
+    longest = max(len(head) for head in kept)
+    limit, equal = policy.limit(told, longest), len({len(head) for head in kept}) == 1
+    whole = longest == prompt.length if whole is None else whole
+    if limit is not None and not (equal and whole):
+        limit = longest
+    if equal:
+        return policy.make_cache(prompt, torch.stack(list(kept)), limit)
+    if policy.store is not None:
+        return policy.store.hold(prompt, kept, limit)
+    return RaggedCache.from_prompt(prompt.keys, prompt.values, kept, limit)
+
+
+def remembered(policy: Policy, prompt: PromptAttention, kept: Sequence[Tensor], told: int) -> State:
+    """What the policy remembers about the kept tokens, padded to the longest head."""
+    index = padded(kept)
+    state = policy.start(prompt, index, told)
+    clear(state, absent([len(head) for head in kept], index.device))
+    return state
+
+
+def best(ranks: Tensor, counts: Sequence[int]) -> list[Tensor]:
+    """The tokens of every head that are worth most, ascending, `(count,)` each; of equal ones the first.
+
+    Args:
+        ranks: `(kv_heads, n)`.
+    """
+    order = ranks.argsort(dim=-1, descending=True, stable=True)
+    return [order[head, :count].sort().values for head, count in enumerate(counts)]
+
+
+def padded(kept: Sequence[Tensor]) -> Tensor:
+    """`(kv_heads, k)`, k of the longest; shorter ones are filled with a position that is there to be read."""
+    longest = max(len(head) for head in kept)
+    return torch.stack([torch.cat([head, head.new_zeros(longest - len(head))]) for head in kept])
+
+
+def absent(counts: Sequence[int], device: torch.device) -> Tensor:
+    """True past every head's count, `(kv_heads, longest)`."""
+    held = torch.tensor(list(counts), device=device)
+    return torch.arange(max(counts), device=device) >= held[:, None]
+
+
+def rows(tensor: Tensor, index: Tensor) -> Tensor:
+    """`(kv_heads, n, head_dim)` at `(kv_heads, k)`."""
+    return tensor.gather(1, index[..., None].expand(-1, -1, tensor.shape[-1]))
+
+
+def columns(tensor: Tensor, index: Tensor) -> Tensor:
+    """`(kv_heads, ..., n)` at `(kv_heads, k)`."""
+    at = index.view(index.shape[0], *(1,) * (tensor.dim() - 2), -1)
+    return tensor.gather(-1, at.expand(*tensor.shape[:-1], -1))
+
+
+def clear(state: State, missing: Tensor) -> None:
+    """Nothing is remembered about a token that is not there; `missing`: `(kv_heads, k)`."""
+    if missing.shape[0] > 1:  # one head lacks nothing
+        for name, tensor in state.slots.items():
+            where = missing.view(missing.shape[0], *(1,) * (tensor.dim() - 2), -1)
+            state.slots[name] = tensor.masked_fill(where, 0)
+
+
+def enough(ranks: Tensor, counts: Sequence[int]) -> Doubt:
+    """Does every head get as many entries as tokens must stay (infinity)?"""
+
+    def judge(must_stay: Sequence[float]) -> str:
+        for head, (count, least) in enumerate(zip(counts, must_stay, strict=True)):
+            if count < least:
+                return f"gave {count} entries to KV head {head}; expected {int(least)} or more, which always stay"
+        return ""
+
+    return Doubt("allocate", (ranks == torch.inf).sum(dim=-1).double(), judge)
