@@ -27,8 +27,8 @@ def refused(done: Result, *words: str) -> None:
 
 SETTINGS: dict[str, list[str]] = {
     # overrides: what the line must name
-    "policy=foo": ["policy=foo", "valid: ahakv, full, h2o", "snapkv"],
-    "policy=null": ["policy=null", "valid: ahakv, full, h2o"],
+    "policy=foo": ["policy=foo", "valid: a", "ahakv, ", "full, h2o", "snapkv"],
+    "policy=null": ["policy=null", "valid: a", "full, h2o"],
     "model=foo": ["model=foo", "llama3-8b", "smollm2-135m"],
     "model=null": ["model=null", "valid: gemma-7b"],
     "tasks=foo": ["tasks=foo", "hotpotqa", "needle", "pocket"],
@@ -112,7 +112,7 @@ GRIDS: dict[str, list[str]] = {
     "policies=h2o": ["policies=h2o", "a list"],
     "policies=null": ["policies=None", "a list"],
     "budgets=40": ["budgets=40", "a list"],
-    "policies=[foo]": ["policy=foo", "ahakv, full, h2o"],
+    "policies=[foo]": ["policy=foo", "ahakv, ", "full, h2o"],
     "policies=[5]": ["policies", "5", "name"],
     "policies=[[h2o]]": ["policies", "name"],
     "policies=[{kernel: 1}]": ["policies", "no name"],
