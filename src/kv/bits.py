@@ -162,12 +162,14 @@ class CodedKeys(CodedRows):
         return self.sums([self.span("steps", self.counts[segment]) for segment in self.held])
 
     def put(self, slot: Tensor, new: Tensor, stored: Tensor | None) -> None:
-        """The victim's group is decoded, the victim replaced, the group encoded anew: the others are rounded again."""
+        """The victim's group is decoded, the victim replaced, the group encoded anew: the others are rounded again.
+
+        Groups must be whole, as they are until a growing cache codes the rest of its prompt.
+        """
         if not self.held:
             return
         at, inside = self.find(slot, stored)
         mates = at[:, None] // self.group * self.group + torch.arange(self.group, device=at.device)
-        mates = torch.minimum(mates, self.bounds[1][:, None] - 1)  # of a short group, the last row several times
         rows, group = self.before[:, None] + mates, self.first_groups + at // self.group
         steps, lows = (self.planes[name][group][:, None] for name in ("steps", "lows"))
         old = restore(unpack(self.planes["codes"][rows], self.bits), steps, lows, self.dtype)

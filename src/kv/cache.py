@@ -119,6 +119,10 @@ class LayerCache:
         """Entries of every lane and KV head, `(lanes, kv_heads)`, where kernels can read them."""
         return self.filled[:, None].expand(-1, self.positions.shape[1])
 
+    def lacks(self, slot: Tensor) -> Tensor | None:
+        """Where a slot `(lanes, kv_heads)` is one that other heads have and this one never will; None: nowhere."""
+        return None
+
     def keys_of(self, lanes: slice) -> Tensor:
         """Cached keys of some lanes, `(lanes, kv_heads, slots, head_dim)`."""
         return self.keys[lanes]

@@ -33,7 +33,7 @@ class RaggedCache(LayerCache):
         positions: of all slots, `(lanes, kv_heads, slots)`, int32, -1 where there is no token.
         tail: filled slots of the tail, the same in all lanes.
         sealed: tokens after the prompt that are encoded by now.
-        used: slots of each lane before the first that none of its heads has filled.
+        used: slots before the first that no head of any lane has filled, the same for every lane.
         filled: entries of every head, `(lanes, kv_heads)`.
     """
 
@@ -46,7 +46,7 @@ class RaggedCache(LayerCache):
         lanes, heads, self.longest = positions.shape
         every = [sum(counts) for counts in zip(*(part.keys.counts for part in parts), strict=True)]
         self.counts = [every[lane * heads : (lane + 1) * heads] for lane in range(lanes)]
-        self.used = [max(counts) if limit else self.longest for counts in self.counts]
+        self.used = [self.longest] * lanes
         self.most_used = list(self.used)
         self.filled = torch.tensor(self.counts, device=positions.device)
         self.peaks = [0] * lanes  # most bytes of each lane before tokens were encoded
@@ -160,6 +160,9 @@ class RaggedCache(LayerCache):
 
     def filled_by_head(self) -> Tensor:
         return self.filled
+
+    def lacks(self, slot: Tensor) -> Tensor | None:
+        return (slot >= self.filled) & (slot < self.slots) if self.limit is not None else None
 
     def keys_of(self, lanes: slice) -> Tensor:
         """Made anew at every call: all slots of all lanes, decoded and padded."""

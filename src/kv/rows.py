@@ -184,7 +184,8 @@ class Rows:
         pieces = [piece for name in self.planes for piece in self.pieces(name)[segments]]
         return all(bool(piece.isfinite().all()) for piece in pieces if piece.is_floating_point())
 
-    # For `put`: no step waits for the device, and two segments never write to one row.
+    # For `put`: two segments never write to one row. The first write makes index tensors; later ones only use them, so
+    # that the host does not wait for the device.
 
     @cached_property
     def held(self) -> list[int]:

@@ -11,8 +11,8 @@ from tests.support import naive
 
 one_thread = pytest.fixture(scope="module", autouse=True)(naive.one_thread)
 
-KV_HEADS, GROUP, DIM, PROMPT = 2, 3, 10, 60
-KEPT = [torch.arange(3, 58), torch.tensor([0, 5, 7, 20, 41, 59])]
+KV_HEADS, GROUP, DIM, PROMPT = 3, 3, 10, 60
+KEPT = [torch.arange(3, 58), torch.tensor([0, 5, 7, 20, 41, 59]), torch.arange(0, 60, 2)]
 STORE = ThinK(ratio=0.4, recent=8, rows=16)
 
 
@@ -74,7 +74,7 @@ def test_nothing_is_dropped_at_ratio_0() -> None:
 def test_key_bytes_fall_by_the_ratio() -> None:
     seen = prompt(0, torch.float32)
     cache = STORE.hold(seen, KEPT, None)
-    old = len(KEPT[0]) - STORE.recent  # the other head has recent keys only
+    old = sum(max(0, len(kept) - STORE.recent) for kept in KEPT)  # one head has recent keys only
     whole = 2 * DIM * 4 * sum(map(len, KEPT))
     assert cache.nbytes == whole - old * 4 * 4 + KV_HEADS * 6 * 2  # 4 of 10 channels; 6 numbers of 16 bits a head
     assert cache.nbytes == cache.most_bytes(0)
@@ -110,14 +110,16 @@ def test_a_victims_slot_keeps_its_channels(victim: int) -> None:
     seen = prompt()
     cache = RaggedCache.stack([STORE.hold(seen, KEPT, 55), STORE.hold(prompt(1), KEPT, 55)])
     before, key = cache.keys_of(slice(None)).clone(), torch.randn(2, KV_HEADS, DIM, dtype=torch.float64)
-    cache.write(cache.place(torch.tensor([[victim, 2], [0, 2]])), key, key, torch.tensor([PROMPT, PROMPT]))
+    cache.write(cache.place(torch.tensor([[victim, 2, 29], [0, 2, 29]])), key, key, torch.tensor([PROMPT, PROMPT]))
     after = cache.keys_of(slice(None))
     gone = weakest(seen, 0, KEPT[0], 4, STORE.rows) if victim < 55 - STORE.recent else set()
     new = key[0, 0].clone()
     new[list(gone)] = 0
     assert torch.equal(after[0, 0, victim], new)
     assert torch.equal(after[:, 1, 2], key[:, 1])  # a head whose keys are all recent
-    before[0, 0, victim], before[1, 0, 0], before[:, 1, 2] = after[0, 0, victim], after[1, 0, 0], after[:, 1, 2]
+    assert torch.equal(after[:, 2, 29], key[:, 2])  # a recent key of a head with others
+    before[0, 0, victim], before[1, 0, 0] = after[0, 0, victim], after[1, 0, 0]
+    before[:, 1, 2], before[:, 2, 29] = key[:, 1], key[:, 2]
     assert torch.equal(after, before)
 
 
