@@ -88,8 +88,8 @@ class Policy(ABC):
             raise ValueError(f"store={part}: {name} has a cache of its own; valid: null")
         if not self.store.overwrites and self.limit(1 << 20, 1) is not None:
             raise ValueError(
-                f"store={part}: cannot give one token's slot to another, and {name} evicts while decoding; valid: null, "
-                "a store that can, or a policy that cuts the prompt only"
+                f"store={part}: cannot give one token's slot to another, and {name} evicts while decoding; "
+                "valid: null, a store that can, or a policy that cuts the prompt only"
             )
 
     @property

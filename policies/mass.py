@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
@@ -55,6 +55,7 @@ class ByMass:
 
     rule: Mass
     budget: int
+    revises: ClassVar[bool] = False
 
     def told(self, layer: int) -> int:
         return self.budget

@@ -33,4 +33,4 @@ class TOVA(RankedPolicy):
         return prompt.window_weights(1)[:, :, 0].mean(dim=(0, 1)).expand(prompt.kv_heads, -1)
 
     def rank(self, step: DecodeStep, state: State) -> Tensor:
-        return step.weights.mean(dim=(1, 2))[:, None].expand(-1, step.keys.shape[1], -1)
+        return step.weights.mean(dim=(1, 2))[:, None].expand(-1, step.positions.shape[1], -1)

@@ -131,7 +131,8 @@ class Pool:
 def stack_layer(forks: Sequence[Fork]) -> LayerCache:
     """The next layer of all lanes in one cache, taken from the forks."""
     taken = {fork: fork.take_layer() for fork in dict.fromkeys(forks)}
-    return LayerCache.stack([taken[fork] for fork in forks])
+    caches = [taken[fork] for fork in forks]
+    return type(caches[0]).stack(caches)
 
 
 class LaneBatch:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -65,10 +64,8 @@ class Fork:
 
     def pool_key(self) -> object:
         """Lanes with equal keys are attended in one call: the same limits, or about the same sizes and growing."""
-        sizes = [cache.limit or f"grows from about 2^{round(4 * math.log2(cache.slots)) / 4}" for cache in self.caches]
-        kinds = [type(cache) for cache in self.caches]
         policy = self.cell.policy
-        return tuple(sizes), tuple(kinds), policy.store, self.cell if policy.own_pool else None
+        return tuple(cache.goes_with() for cache in self.caches), policy.store, self.cell if policy.own_pool else None
 
     def add_layer(self, prompt: PromptAttention) -> None:
         if self.error:
@@ -108,6 +105,8 @@ class Fork:
         self.doubts += [(prompt.layer, d) for d in (*prompt.doubts, doubt)]
         entries = kept.shape[1]
         limit = question("limit", limits)
+        if policy.store is not None and limit is not None:
+            limit = entries  # such caches have no empty slots: a prompt shorter than the budget is its own
         cache = question("make_cache", lambda: policy.make_cache(prompt, kept, limit))
         question("make_cache", lambda: check_cache(cache, (1, heads, entries), limit))
         state = question("start", lambda: policy.start(prompt, kept, budget))

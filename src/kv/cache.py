@@ -9,7 +9,8 @@ Stored per KV head (grouped-query attention is never expanded), every kept token
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Hashable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -110,6 +111,10 @@ class LayerCache:
     def by_head(self, lane: int, of_slots: Tensor) -> list[Tensor]:
         """The entries of `(kv_heads, slots)` where a lane holds a token, by KV head, in the order of `kept`."""
         return list(of_slots[:, : self.used[lane]].to("cpu", copy=True))
+
+    def goes_with(self) -> Hashable:
+        """Caches that give the same can be stacked: the same limit, or growing from about the same size."""
+        return self.limit or f"grows from about 2^{round(4 * math.log2(self.slots)) / 4}"
 
     def lacking(self) -> Tensor | None:
         """Slots that a KV head lacks though all lanes are full, `(lanes, kv_heads, slots)`; None: there are none."""

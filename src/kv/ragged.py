@@ -8,7 +8,7 @@ all lanes, then come the tokens after the prompt in their order. A slot that a h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -154,6 +154,10 @@ class RaggedCache(LayerCache):
     def by_head(self, lane: int, of_slots: Tensor) -> list[Tensor]:
         there = (self.positions[lane] >= 0).cpu()
         return [of_head[held] for of_head, held in zip(of_slots.cpu(), there, strict=True)]
+
+    def goes_with(self) -> Hashable:
+        """Sizes do not matter: nothing is padded."""
+        return "ragged", type(self.codec), self.limit is None
 
     def lacking(self) -> Tensor | None:
         return None if self.limit is None or self.mask is None else self.positions < 0
