@@ -32,7 +32,11 @@ def options(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Opt
     fit = ["groups=4", "centroids=8", "samples=1", "sample_tokens=200", "jobs=1", f"output={file}"]
     done = call("calibrate", "model=local", f"model.path={model_folder}", "model.max_prompt_tokens=200", *fit)
     assert done.code == 0, done.err
-    needs: Mapping[str, dict[str, Any]] = {"hcattention": {"groups": 4, "centroids": 8, "codebooks": str(file)}}
+    needs: Mapping[str, dict[str, Any]] = {
+        "hcattention": {"groups": 4, "centroids": 8, "codebooks": str(file)},
+        "kivi": {"store": {"group": 8, "residual": 8}},
+        "duo_attention": {"allocate": {"sinks": 4, "recent": 20}},
+    }
     return lambda name: {"name": name, **needs.get(name, {})}
 
 
@@ -83,13 +87,26 @@ def check_kept(got: Generation, n: int) -> None:
     variant, steps = got.variant, got.decode_steps
     assert len(got.tokens) == NEW and steps == NEW - 1
     policy, budget = (cell := variant.cell(n, NEW)).policy, cell.budget
-    for cut, end in zip(got.kept_prompt, got.kept_end, strict=True):
-        assert 1 <= cut.shape[-1] <= (min(n, BUDGET) if policy.uses_budget else n)
-        assert (cut.diff(dim=-1) > 0).all() and cut.min() >= 0 and cut.max() < n
-        limit = policy.limit(budget, cut.shape[-1]) if policy.evicts_while_decoding else None
-        assert end.shape[-1] <= (cut.shape[-1] + steps if limit is None else limit)
-        assert limit is None or policy.uses_decode_budget or limit <= BUDGET  # SCOPE's pools: see its docstring
-        assert (end.sort(dim=-1).values.diff(dim=-1) > 0).all() and end.min() >= 0 and end.max() < n + steps
+    heads = [
+        (cut, end) for pair in zip(got.kept_prompt, got.kept_end, strict=True) for cut, end in zip(*pair, strict=True)
+    ]
+    for cut, end in ((held(cut), held(end)) for cut, end in heads):
+        assert 1 <= len(cut) <= (min(n, BUDGET) if policy.uses_budget and not policy.allocate else n)
+        assert (cut.diff() > 0).all() and cut.max() < n
+        limit = policy.limit(budget, len(cut)) if policy.evicts_while_decoding else None
+        if policy.allocate and limit is not None:
+            limit = len(cut) if n > budget else budget  # a head evicts within what it was given
+        assert len(end) <= (len(cut) + steps if limit is None else limit)
+        assert limit is None or policy.uses_decode_budget or policy.allocate or limit <= BUDGET  # SCOPE: its docstring
+        assert (end.sort().values.diff() > 0).all() and end.max() < n + steps
+    if policy.allocate:
+        assert sum(len(held(cut)) for cut, _ in heads) == min(n, BUDGET) * len(heads)
+
+
+def held(positions: torch.Tensor) -> torch.Tensor:
+    """Of one head, without what pads it to the longest."""
+    assert positions.min() >= -1
+    return positions[positions >= 0]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -103,8 +120,9 @@ def test_its_bytes_are_those_of_its_storages(
     name: str, loaded: LoadedModel, options: Options, together: dict[tuple[str, str], Generation]
 ) -> None:
     config, got = loaded.model.config, together[name, str(LENGTHS[0])]
-    entries = sum(layer.numel() for layer in got.kept_prompt)
-    if type(got.variant.policy).make_cache is Policy.make_cache:
+    entries = sum(int((layer >= 0).sum()) for layer in got.kept_prompt)
+    policy = got.variant.policy
+    if type(policy).make_cache is Policy.make_cache and policy.store is None:
         assert got.kv_bytes == entries * 2 * config.head_dim * loaded.dtype.itemsize
     else:  # a storage of its own: never more than plain entries, and said apart by device
         assert 0 < got.kv_bytes <= entries * 2 * config.head_dim * loaded.dtype.itemsize
@@ -137,7 +155,7 @@ def test_the_seed_decides_what_is_drawn_and_nothing_else(
 
 def test_cut_off_and_resumed(base: list[str], options: Options, tmp_path: Path) -> None:
     """A sweep of all that ran one sample, and then two, holds what one that ran two at once holds."""
-    policies = ",".join("{" + ", ".join(f"{k}: {v}" for k, v in options(name).items()) + "}" for name in NAMES)
+    policies = ",".join(str(options(name)).replace("'", "") for name in NAMES)
     grid = [*base, f"policies=[{policies}]", f"budgets=[{BUDGET}]"]
     for root, limits in (("once", (2,)), ("twice", (1, 2))):
         for limit in limits:
