@@ -99,7 +99,7 @@ def policy_config(spec: str | Mapping[str, Any], seed: int = 0) -> DictConfig:
         raise InputError(f"policy={name}: its configuration has no _target_; valid: _target_: module.Class")
     unknown = sorted(set(options) - set(node) - set(PARTS))
     if unknown:
-        valid = ", ".join(sorted({*map(str, node), *PARTS} - {"name", "_target_"}))
+        valid = ", ".join(sorted({*map(str, node)} - {"name", "_target_", *PARTS}))
         raise InputError(f"policies: {name} has no option {unknown[0]!r}; valid: {valid or 'none'}")
     return OmegaConf.merge(node, options)  # type: ignore[return-value]
 

@@ -10,8 +10,9 @@ from omegaconf import OmegaConf
 
 from evals.suites import SUITES, task_names
 from policies.base import Policy
+from policies.parts import Part
 from src.config import compose as composed
-from src.config.cells import make_cell
+from src.config.cells import PARTS, make_cell
 from src.config.settings import read_settings
 from tests.support.cli import call
 
@@ -51,12 +52,34 @@ def test_policies_compose(name: str) -> None:
     cell = make_cell(cfg.policy, 256)
     made = cell.variant.policy
     assert isinstance(made, Policy) and cell.label == cfg.policy.name == name
-    written = {
-        k: v for k, v in OmegaConf.to_container(cfg.policy, resolve=True).items() if k not in ("name", "_target_")
-    }  # type: ignore[union-attr]
-    assert written == {k: v for k, v in vars(made).items() if k not in FOUND_OUT}
+    written = {k: v for k, v in OmegaConf.to_container(cfg.policy, resolve=True).items() if k != "name"}  # type: ignore[union-attr]
+    assert written == as_settings(made)
+    own = {k: v for k, v in written.items() if k not in ("_target_", *PARTS)}
     defaults = vars(type(made)())
-    assert {k for k in written if written[k] != defaults[k]} <= {"strategy"}  # one class, a file for each strategy
+    if own.keys() == written.keys() - {"_target_"}:  # else a method put together from parts, with a class of another's
+        assert {k for k in own if own[k] != defaults[k]} <= {"strategy"}  # one class, a file for each strategy
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_parts_compose(part: str) -> None:
+    """Each file of conf/policy/allocate and conf/policy/store, beside a policy: every setting, at its default."""
+    for file in sorted((CONF / "policy" / part).glob("*.yaml")):
+        cfg = compose("config", "policy=snapkv", f"policy/{part}={file.stem}")
+        cell = make_cell(cfg.policy, 256)
+        assert cell.label == f"snapkv+{file.stem}" == cell.settings["name"]
+        made = getattr(cell.variant.policy, part)
+        written = {k: v for k, v in OmegaConf.to_container(cfg.policy[part], resolve=True).items() if k != "name"}  # type: ignore[union-attr]
+        assert written == as_settings(made) and cfg.policy[part].name == file.stem
+        assert written.get("base") or made == type(made)()
+
+
+def as_settings(made: Any) -> Any:
+    """A policy or a part as a YAML file says it."""
+    if not isinstance(made, Policy | Part):
+        return made
+    found = {k: as_settings(v) for k, v in vars(made).items() if k not in FOUND_OUT}
+    found = {k: v for k, v in found.items() if v is not None or k not in PARTS}
+    return {"_target_": f"{type(made).__module__}.{type(made).__qualname__}", **found}
 
 
 @pytest.mark.parametrize("name", NAMES["model"])
