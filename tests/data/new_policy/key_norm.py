@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
-from policies.base import ScorePolicy, lowest_slot
+from policies.base import ScorePolicy
 
 if TYPE_CHECKING:
     from src.kv.prompt import PromptAttention
@@ -29,5 +30,5 @@ class KeyNorm(ScorePolicy):
     def score(self, prompt: PromptAttention, budget: int) -> Tensor:
         return -prompt.keys.norm(dim=-1)  # (kv_heads, n): the highest scores stay
 
-    def evict(self, step: DecodeStep, state: State) -> Tensor:
-        return lowest_slot(-step.keys.norm(dim=-1), self.protect_recent(step))
+    def rank(self, step: DecodeStep, state: State) -> Tensor:
+        return -step.keys.norm(dim=-1).masked_fill(self.protect_recent(step), -torch.inf)  # the lowest leaves
