@@ -41,7 +41,9 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, parse(f"{path}, line {number}", raw)
 
 
-def read_rows(path: Path, make: Callable[[str, int, dict[str, Any]], Made], broken: str) -> Iterator[Made | Broken]:
+def read_rows(
+    path: Path, make: Callable[[str, int, dict[str, Any]], Made], broken: str, id_field: str = "_id"
+) -> Iterator[Made | Broken]:
     """`make(place, index, row)` of every row; with broken="record" a malformed one is a `Broken`, no error."""
     for index, (number, raw) in enumerate(raw_lines(path)):
         place = f"{path}, line {number}"
@@ -50,7 +52,7 @@ def read_rows(path: Path, make: Callable[[str, int, dict[str, Any]], Made], brok
         except DataError as error:
             if broken == "refuse":
                 raise
-            found = re.search(rb'"_id"\s*:\s*(?:"([^"\\]+)"|(\d+))', raw)
+            found = re.search(rb'"%s"\s*:\s*(?:"([^"\\]+)"|(\d+))' % id_field.encode(), raw)
             own = (found[1] or found[2]).decode("utf-8", "replace") if found else str(index)
             yield Broken(own, str(error))
 
@@ -150,8 +152,8 @@ def as_dataset(rows: Sequence[Mapping[str, Any]]) -> Dataset:
     return Dataset.from_list([{name: row.get(name) for name in features} for row in rows], features=features)
 
 
-def parse_format(prompt_format: str) -> list[tuple[str, str | None]]:
-    """The pieces of a prompt, each a text and the field after it: `context`, `input` or None.
+def parse_format(prompt_format: str, question: str = "input") -> list[tuple[str, str | None]]:
+    """The pieces of a prompt, each a text and the field after it: `context`, `question` (its name) or None.
 
     As `str.format` reads it (a doubled brace is a brace), but only plain {context} and {input} are fields: with
     {context[0]} or {context:.9} a prompt would silently hold something else than the context.
@@ -161,25 +163,25 @@ def parse_format(prompt_format: str) -> list[tuple[str, str | None]]:
     """
     pieces, wrong = [], []
     for text, field, spec, conversion in string.Formatter().parse(prompt_format):
-        if field is not None and (field not in ("context", "input") or spec or conversion):
+        if field is not None and (field not in ("context", question) or spec or conversion):
             written = field + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
             wrong.append(f"{{{written}}} is no field")
         pieces.append((text, field))
     if not any(field == "context" for _, field in pieces):
         wrong.append("has no {context}")
     if wrong:
-        raise ValueError("; ".join(wrong) + "; valid: {context} and {input}, and {{ or }} for a brace")
+        raise ValueError("; ".join(wrong) + "; valid: {context} and {" + question + "}, and {{ or }} for a brace")
     return pieces
 
 
-def split_prompt(prompt_format: str, context: str, question: str) -> tuple[str, str]:
+def split_prompt(prompt_format: str, context: str, question: str, name: str = "input") -> tuple[str, str]:
     """The filled-in prompt, cut after the context: before + after is what `format` makes of it.
 
-    Where the format names the question first, it stays in `before`: whoever reads the context has read it.
+    Where the format names the question (`name`) first, it stays in `before`: whoever reads the context has read it.
     """
-    pieces = parse_format(prompt_format)
+    pieces = parse_format(prompt_format, name)
     cut = next(i for i, (_, field) in enumerate(pieces) if field == "context") + 1
-    values = {None: "", "context": context, "input": question}
+    values = {None: "", "context": context, name: question}
     filled = [text + values[field] for text, field in pieces]
     return "".join(filled[:cut]), "".join(filled[cut:])
 

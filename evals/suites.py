@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from evals import longbench, longgenbench, pocket
+from evals import longbench, longgenbench, mine, pocket
 from evals.errors import DataError
 from evals.tasks import Sample
 
@@ -20,16 +20,20 @@ class Suite:
     """A benchmark, or a part of one.
 
     Attributes:
-        names: its tasks, in the official order.
+        names: its tasks, in the official order; none, where only the data says them.
         load: `(names, limit, data_dir, seed, broken, **options) -> list[Sample]`.
         options: its own settings: the further keys of its file in conf/tasks.
         usual: the tasks that are meant where none is named; all, if empty.
+        deciding: options that change a sample's outcome, as no protocol does: part of a results folder's hash.
+        check: raises a DataError for options that cannot be used, before anything is read.
     """
 
     names: tuple[str, ...]
     load: Callable[..., list[Sample]]
     options: tuple[str, ...] = ()
     usual: tuple[str, ...] = ()
+    deciding: tuple[str, ...] = ()
+    check: Callable[[Mapping[str, Any]], None] | None = None
 
 
 def load_pocket(names: list[str], limit: int | None, data_dir: str | None, seed: int, broken: str) -> list[Sample]:
@@ -46,6 +50,12 @@ def load_longgenbench(
     names: list[str], limit: int | None, data_dir: str | None, seed: int, broken: str, **options: Any
 ) -> list[Sample]:
     return longgenbench.load(names, limit, data_dir, broken=broken, **options)
+
+
+def load_mine(
+    names: list[str], limit: int | None, data_dir: str | None, seed: int, broken: str, **options: Any
+) -> list[Sample]:
+    return mine.load(names, limit, broken=broken, **options)
 
 
 _LONGBENCH = Suite(longbench.TASKS, load_longbench, ("config_dir", "config_url", "hub_repo", "hub_revision"))
@@ -65,6 +75,7 @@ SUITES: dict[str, Suite] = {
         # Its shorter half, as "4K" means in the paper.
         usual=tuple(name for name in longgenbench.TASKS if not name.endswith(("_60", "_80"))),
     ),
+    "mine": Suite((), load_mine, ("file", *mine.DECIDING), deciding=mine.DECIDING, check=mine.check),
 }
 
 
@@ -143,6 +154,8 @@ def check_choice(suite: str, names: list[str] | None, options: Mapping[str, Any]
     for name in options:
         if name not in valid:
             raise DataError(f"tasks.{name}: no setting of suite {suite}; it has {', '.join(valid) or 'none'}")
+    if check := SUITES[suite].check:
+        check(options)
     return chosen
 
 
@@ -150,11 +163,11 @@ def choose_names(suite: str, names: list[str] | None) -> list[str]:
     valid = task_names(suite)
     if names is None:
         return list(SUITES[suite].usual) or valid
-    for name in names:
+    for name in names if valid else []:  # else its data says which there are
         if name not in valid:
             raise DataError(f"tasks.names={name}: no task of suite {suite}; valid: {', '.join(valid)}")
     if not names:
-        raise DataError(f"tasks.names=[]: name at least one of {', '.join(valid)}, or null for all")
+        raise DataError(f"tasks.names=[]: name at least one of {', '.join(valid) or 'its tasks'}, or null for all")
     return list(dict.fromkeys(names))
 
 

@@ -1,17 +1,27 @@
 """Shared fixtures: the real benchmark rows that live beside a checkout at the maintainers' place."""
 
+import gc
 import http.server
 import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
+from src.retention.plot import plot_retention
 from tests.support.file_server import FileServer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_collection_finish() -> None:
+    """The collector leaves what all imports made alone from here on: it took a tenth of the tests' time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -34,6 +44,21 @@ def threads(request: pytest.FixtureRequest) -> None:
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
     mine = max(1, (os.cpu_count() or 1) // workers)
     torch.set_num_threads(mine if request.node.get_closest_marker("slow") else 1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def written_pictures() -> Iterator[None]:
+    """A run's picture takes longer than a tiny run: here it is a file and no more, but in processes of their own."""
+    drawn: Callable[..., Any] = lambda data, path, title: path.write_bytes(b"drawn")  # noqa: E731
+    with mock.patch("src.records.folder.plot_retention", drawn):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a test is marked so, they are drawn."""
+    if request.node.get_closest_marker("pictures"):
+        monkeypatch.setattr("src.records.folder.plot_retention", plot_retention)
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from pathlib import Path
 from src.errors import InputError
 from src.files import write_whole
 from src.records.kinds import ANY, About, schema
-from src.records.metrics_schema import Memory, Metrics, Retention, Speed, TaskFigures, Thoughts
+from src.records.metrics_schema import Memory, Metrics, Speed, TaskFigures, Thoughts, retention_fields
 from src.records.record import FIELDS, MEASURES
 
 TABLES: dict[str, dict[str, About]] = {
@@ -22,7 +22,7 @@ TABLES: dict[str, dict[str, About]] = {
     "memory": schema(Memory),
     "speed": schema(Speed),
     "thoughts": schema(Thoughts),
-    "retention": schema(Retention),
+    "retention": retention_fields(),
 }
 
 

@@ -15,11 +15,12 @@ from src.files import write_whole
 from src.records.files import pretty
 from src.records.kinds import is_budget, is_grid, is_name, is_number
 from src.records.seal import open_sealed, read_small, sealed, why_unreadable
+from src.retention.per_head import PER_HEAD
 
 log = logging.getLogger(__name__)
 
 UNCOVERED = ("speed", "memory")
-MEASURES = ("mean_position", "kl_uniform", "gini", "drift")
+MEASURES = (*PER_HEAD, "kl_uniform", "gini", "drift")
 
 
 def write_metrics(path: Path, metrics: Mapping[str, Any]) -> dict[str, Any]:

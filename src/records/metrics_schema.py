@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, TypedDict
 
-from src.records.kinds import About
+from src.records.kinds import About, schema
+from src.retention.per_head import PER_HEAD
+
+NAMES = ", ".join(f"`{name}`" for name in PER_HEAD)
 
 
 class TaskFigures(TypedDict, total=False):
@@ -66,7 +69,10 @@ class Thoughts(TypedDict, total=False):
 
 
 class Retention(TypedDict, total=False):
-    """`retention`: where in the prompt the kept entries lie; mean over samples, layers and KV heads."""
+    """`retention`: where in the prompt the kept entries lie; mean over samples, layers and KV heads.
+
+    After `decile_shares` stand the measures of `src.retention.per_head` (`retention_fields` has them too).
+    """
 
     samples: Annotated[int, About("samples whose kept positions are known", "samples")]
     only_counts: Annotated[int, About("of these with counts in bins only (`retention=bins`)", "samples")]
@@ -75,7 +81,6 @@ class Retention(TypedDict, total=False):
     recent_mean: Annotated[float | None, About("recent window that all heads kept", "entries per KV head")]
     generated_mean: Annotated[float, About("generated tokens held at the end", "entries per KV head")]
     decile_shares: Annotated[list[float], About("kept entries in each tenth of the prompt", "share of the kept")]
-    mean_position: Annotated[float, About("of the kept entries; 0: first token, 1: last", "share of the prompt")]
     kl_uniform: Annotated[float, About("KL of the histogram to an even one", "nats")]
     gini: Annotated[float, About("unevenness of the histogram: 0 even, 1 all in one place")]
     first_to_last_decile: Annotated[float | None, About("share in the first tenth / share in the last", "ratio")]
@@ -88,7 +93,7 @@ class Retention(TypedDict, total=False):
     ]
     per_layer: Annotated[
         Any,
-        About("`mean_position`, `kl_uniform`, `gini`, `drift`, `first_decile` and `last_decile`, lists over layers"),
+        About(f"{NAMES}, `kl_uniform`, `gini`, `drift`, `first_decile` and `last_decile`, lists over layers"),
     ]
     heavy_per_layer: Annotated[Any, About("the same of `heavy`")]
     per_head: Annotated[Any, About("the same, each a list over layers of lists over KV heads")]
@@ -103,6 +108,16 @@ class Retention(TypedDict, total=False):
                    "preference")
     ]  # fmt: skip
     chosen: Annotated[Any, About("the same measures of the tokens attended to, where a policy keeps all and chooses")]
+
+
+def retention_fields() -> dict[str, About]:
+    """Every field of `retention`, in the order of metrics.json."""
+    fields: dict[str, About] = {}
+    for name, about in schema(Retention).items():
+        fields[name] = about
+        if name == "decile_shares":
+            fields |= {name: About(measure.what, measure.unit) for name, measure in PER_HEAD.items()}
+    return fields
 
 
 class Metrics(TypedDict, total=False):

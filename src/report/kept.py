@@ -7,6 +7,7 @@ from src.compare.analysis import Analysis
 from src.compare.matched import retention_samples
 from src.report.formats import Column, Table, TableCell, number
 from src.report.tables import BUDGET, POLICY, breaks, heads, missing, percent, plain
+from src.retention.per_head import PER_HEAD
 
 
 def retention_table(analysis: Analysis) -> Table | None:
@@ -36,7 +37,7 @@ def retention_table(analysis: Analysis) -> Table | None:
         *([Column("n", "of scored")] if fewer else []),
         Column("first tenth", "% of kept"),
         Column("last tenth", "% of kept"),
-        Column("mean position", "0 start, 1 end"),
+        *(Column(measure.head, measure.below) for measure in PER_HEAD.values()),
         Column("KL to uniform", "nats"),
         Column("Gini", "0 even"),
         Column("first tenth", "% of heavy", key="first tenth of heavy"),
@@ -54,7 +55,7 @@ def retention_table(analysis: Analysis) -> Table | None:
                 *heads(row),
                 *([TableCell(f"{n} of {all_}", n) if kept else missing()] if fewer else []),
                 *(plain(None if x is None else 100 * x, 1) for x in (tenths[0], tenths[-1])),
-                *(plain(found.get(name), 2) for name in ("mean_position", "kl_uniform", "gini")),
+                *(plain(found.get(name), 2) for name in (*PER_HEAD, "kl_uniform", "gini")),
                 *(plain(None if x is None else 100 * x, 1) for x in (heavy_tenths[0], heavy_tenths[-1])),
                 plain(None if found.get("drift") is None else 100 * found["drift"], 1),
                 *(figure(found) for _, figure, _ in shown),

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from src.retention import measures as retention
+from src.retention.per_head import PER_HEAD
 from src.retention.profile import BINS_TO_TENTHS, rounded
 from src.retention.store import KeptSample
 
@@ -90,11 +91,10 @@ def _where(records: Sequence[Record]) -> dict[str, Any]:
     mean = retention.shares([r.measures["chosen_positions"] for r in records]).mean(axis=0)
     lengths = [r.cut for r in records]
     positions = np.sum([retention.capacity(n) / n for n in lengths], axis=0)  # what an even choice would be
-    places = (np.arange(len(mean)) + 0.5) / len(mean)
     return {
         "histogram": rounded(mean),
         "decile_shares": rounded(mean @ BINS_TO_TENTHS),
-        "mean_position": rounded(mean @ places),
+        **{name: rounded(measure.of_shares(mean)) for name, measure in PER_HEAD.items()},
         "kl_uniform": rounded(retention.kl_to_uniform(mean, positions)),
         "gini": rounded(retention.gini(mean, positions)),
     }

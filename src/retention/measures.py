@@ -10,7 +10,6 @@ a score prefers. Position p has relative position (p + 1/2) / n, so that a unifo
 exactly. KL is in nats. A head that kept nothing in the domain has no shares: NaN.
 """
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from src.errors import InputError
 from src.kv import position
+from src.retention import per_head
 from src.retention.store import BINS, KeptSample, Retention, bin_counts, bin_edges
 
 Floats = NDArray[np.float64]
@@ -74,13 +74,8 @@ def capacity(n: int, bins: int = BINS) -> NDArray[np.int64]:
 
 
 def mean_position(kept: NDArray[np.bool_], exclude_recent: int = 0) -> Floats:
-    """(...) mean relative position of the kept entries: 0 the beginning, 1 the end, 1/2 no preference."""
-    kept = domain(kept, exclude_recent)
-    shape, n = kept.shape[:-1], max(kept.shape[-1], 1)
-    head, position = np.divmod(np.flatnonzero(kept), n)
-    total = np.bincount(head, minlength=math.prod(shape))
-    places = np.bincount(head, (position + 0.5) / n, minlength=math.prod(shape))
-    return np.divide(places, total, out=np.full(total.shape, np.nan), where=total > 0).reshape(shape)
+    """(...) mean relative position of the kept entries in the domain (see `src.retention.per_head`)."""
+    return per_head.mean_position(domain(kept, exclude_recent))
 
 
 def kl_to_uniform(share: ArrayLike, positions: ArrayLike | None = None) -> Floats:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from src.retention import measures as retention
+from src.retention.per_head import PER_HEAD
 from src.retention.store import BINS, KeptSample
 
 Floats = NDArray[np.float64]
@@ -36,7 +37,7 @@ class _Sums:
 
     histogram: Floats
     tenths: Floats
-    position: Floats
+    per_head: Floats  # (measures, layers, kv_heads), as PER_HEAD has them
     occupancy: Floats
     samples: Floats  # (layers, kv_heads)
     drift: Floats  # (layers, kv_heads)
@@ -47,8 +48,9 @@ class _Sums:
     @classmethod
     def empty(cls, layers: int, heads: int) -> _Sums:
         bins, tenths = np.zeros((layers, heads, BINS)), np.zeros((layers, heads, 10))
-        one = [np.zeros((layers, heads)) for _ in range(4)]
-        return cls(bins, tenths, one[0], bins.copy(), one[1], one[2], one[3], np.zeros(BINS))
+        one = [np.zeros((layers, heads)) for _ in range(3)]
+        per_head = np.zeros((len(PER_HEAD), layers, heads))
+        return cls(bins, tenths, per_head, bins.copy(), one[0], one[1], one[2], np.zeros(BINS))
 
     def add(self, of: _Figures) -> None:
         there = of.counts.sum(axis=-1) > 0
@@ -57,7 +59,7 @@ class _Sums:
         capacity = retention.capacity(of.n)
         self.histogram += np.nan_to_num(retention.shares(of.counts))
         self.tenths += np.nan_to_num(retention.shares(of.tenths))
-        self.position += np.nan_to_num(of.position)
+        self.per_head += np.nan_to_num(of.per_head)
         self.occupancy += of.counts / np.maximum(capacity, 1)
         self.samples += there
         self.positions += capacity / of.n
@@ -80,7 +82,7 @@ class _Sums:
         histogram, tenths = (x[group].sum(axis=axes) / samples for x in (self.histogram, self.tenths))
         return {
             "decile_shares": rounded(tenths),
-            "mean_position": rounded(self.position[group].sum() / samples),
+            **{name: rounded(sums[group].sum() / samples) for name, sums in zip(PER_HEAD, self.per_head, strict=True)},
             "kl_uniform": rounded(retention.kl_to_uniform(histogram, self.positions)),
             "gini": rounded(retention.gini(histogram, self.positions)),
             "first_to_last_decile": rounded(tenths[0] / tenths[-1]) if tenths[-1] > 0 else None,
@@ -137,11 +139,11 @@ def sample_measures(sample: KeptSample, recent: int | None = None) -> dict[str, 
 
 @dataclass(frozen=True)
 class _Figures:
-    """Of one sample, per layer and head: entries per bin and tenth, mean position; over n positions."""
+    """Of one sample, per layer and head: entries per bin and tenth, and PER_HEAD's measures; over n positions."""
 
     counts: NDArray[np.int64]
     tenths: Floats
-    position: Floats
+    per_head: Floats  # (measures, layers, kv_heads)
     n: int
 
 
@@ -153,8 +155,9 @@ def _measured(
     row |= {"n": sample.n, "generated": float(sample.generated.mean())}
     if sample.binned:
         counts = sample.counts()
-        position = retention.shares(counts) @ ((np.arange(BINS) + 0.5) / BINS)
-        whole = _Figures(counts, counts @ BINS_TO_TENTHS, position, sample.n)
+        shares = retention.shares(counts)
+        per_head = np.stack([measure.of_shares(shares) for measure in PER_HEAD.values()])
+        whole = _Figures(counts, counts @ BINS_TO_TENTHS, per_head, sample.n)
         return row | {"kept": _entries(whole)}, whole, None, None
     kept = sample.kept()
     whole = _figures(kept)
@@ -167,13 +170,15 @@ def _measured(
         tenths = retention.shares(figures.tenths) if figures else np.full((1, 1, 10), np.nan)
         row[f"{name}first_decile"] = retention.nan_mean(tenths[..., 0])
         row[f"{name}last_decile"] = retention.nan_mean(tenths[..., -1])
-        row[f"{name}mean_position"] = retention.nan_mean(figures.position) if figures else None
+        for place, measure in enumerate(PER_HEAD):
+            row[f"{name}{measure}"] = retention.nan_mean(figures.per_head[place]) if figures else None
     return row, whole, heavy, drift
 
 
 def _figures(kept: NDArray[np.bool_]) -> _Figures:
     tenths = retention.bin_counts(kept, 10).astype(float)
-    return _Figures(retention.bin_counts(kept), tenths, retention.mean_position(kept), kept.shape[-1])
+    per_head = np.stack([measure.of_kept(kept) for measure in PER_HEAD.values()])
+    return _Figures(retention.bin_counts(kept), tenths, per_head, kept.shape[-1])
 
 
 def _entries(figures: _Figures) -> float:
@@ -227,7 +232,7 @@ def _task(task: str, data: Profile) -> dict[str, Any]:
 
 def _columns(rows: list[dict[str, Any] | None]) -> dict[str, list[Any]]:
     """Measures of every layer as one list per measure; deciles as first and last only."""
-    scalar = ("mean_position", "kl_uniform", "gini", "drift")
+    scalar = (*PER_HEAD, "kl_uniform", "gini", "drift")
     columns = {name: [row and row[name] for row in rows] for name in scalar}
     if all(value is None for value in columns["drift"]):
         del columns["drift"]

@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from evals.suites import SUITES
 from src.config.cells import CellConfig
 from src.config.settings import SessionSettings
 from src.models.load import LoadedModel
 
 
 def outcome_settings(cfg: SessionSettings, model: LoadedModel, cell: CellConfig) -> dict[str, Any]:
-    """Every setting that changes a sample's outcome; `tasks` and `limit` only choose samples."""
+    """Every setting that changes a sample's outcome; `limit` and most of `tasks` only choose samples."""
     return {
         "policy": cell.settings,
         **cell.found,
@@ -36,12 +37,19 @@ def outcome_settings(cfg: SessionSettings, model: LoadedModel, cell: CellConfig)
         "max_new_tokens": cfg.max_new_tokens,
         **min_new_tokens(cfg),
         "edit_similarity": cfg.edit_similarity,
+        **deciding_options(cfg),
     }
 
 
 def min_new_tokens(cfg: SessionSettings) -> dict[str, int]:
     """Only where it was set, so that folders of the usual runs keep their names."""
     return {} if cfg.min_new_tokens is None else {"min_new_tokens": cfg.min_new_tokens}
+
+
+def deciding_options(cfg: SessionSettings) -> dict[str, dict[str, Any]]:
+    """What a suite leaves to its user (metric, template, ...); nothing for those with a protocol, as before."""
+    said = {name: cfg.tasks.options.get(name) for name in SUITES[cfg.tasks.suite].deciding}
+    return {"tasks": said} if said else {}
 
 
 def comparability(
@@ -62,6 +70,7 @@ def comparability(
         "prompt_scope": cfg.prompt_scope,
         "max_new_tokens": cfg.max_new_tokens,
         **min_new_tokens(cfg),
+        **deciding_options(cfg),
         **({"beyond_context": True} if beyond_context else {}),
         "random_weights": model.random_weights,
         "dtype": str(model.dtype).removeprefix("torch."),

@@ -211,7 +211,11 @@ class Session:
         if not cell.folder.done(one.key, self.cfg.fidelity):
             return False
         found = cell.folder.found(one.key)
-        if found.answers != list(one.sample.answers):  # the prompt is the same, what it is scored against is not
+        classes = list(one.sample.all_classes or ()) or None
+        if (found.answers, found.all_classes or None) != (
+            list(one.sample.answers),
+            classes,
+        ):  # the prompt is the same, what it is scored against is not
             self.tally.changed_answers += 1
             return False
         there = cell.folder.has_retention(one.key)

@@ -48,6 +48,7 @@ def test_the_command_writes_its_folder(base: list[str], tmp_path: Path) -> None:
     assert re.fullmatch(r"h2o-40-[0-9a-f]{8}", only.name) and only.parent == tmp_path / "results" / "tiny-llama"
     wanted = "config.yaml environment.json predictions.jsonl metrics.json retention.npz retention.png settings.json"
     assert {path.name for path in only.iterdir()} - {".lock"} == set(wanted.split())
+    assert (only / "retention.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_predictions_and_metrics(base: list[str]) -> None:

@@ -251,6 +251,7 @@ def test_environment_names_versions_processor_and_commit() -> None:
     json.dumps(found)
 
 
+@pytest.mark.pictures
 def test_retention_follows_the_records_over_a_resumed_run(tmp_path: Path) -> None:
     with folder(tmp_path) as run:
         run.append(record(id_="1"), kept(0, 1, 11))

@@ -488,15 +488,18 @@ def test_memory_columns_are_totals_with_their_parts_beside_them(tmp_path: Path) 
     write_run(tmp_path, "split", 64, lines(50, kv_bytes=150, kv_bytes_full=1000, bookkeeping_bytes=20, **half))
     analysis = analyse(make_study([tmp_path]), resamples=1000)
     table = memory_table(analysis)
-    found = {row[0].text: [cell.value for cell in row[2:]] for row in table.rows}
-    assert [c.key or c.name for c in table.columns[2:6]] == [
-        "entries", "bookkeeping", "total", "total, % of full cache's entries",
-    ]  # fmt: skip
+    names = [column.key or column.name for column in table.columns]
+    found = {r[0].text: dict(zip(names, [cell.value for cell in r], strict=True)) for r in table.rows}
+    parts = ("entries", "bookkeeping", "total", "total, % of full cache's entries")
+    places = [names.index(name) for name in parts]
+    assert places == [*range(places[0], places[0] + 4)]  # side by side
     mib = 2**20
-    assert found["ahakv (our reconstruction)"][:4] == pytest.approx([146 / mib, 42 / mib, 188 / mib, 18.8])
-    assert found["split"][:4] == pytest.approx([150 / mib, 20 / mib, 170 / mib, 17.0])
-    assert found["split"][5:] == pytest.approx([7.0, 10.0])  # device and codebooks, both with the bookkeeping
-    assert found["full"][3] == pytest.approx(101.0)
+    ours, split = ([found[name][part] for part in parts] for name in ("ahakv (our reconstruction)", "split"))
+    assert ours == pytest.approx([146 / mib, 42 / mib, 188 / mib, 18.8])
+    assert split == pytest.approx([150 / mib, 20 / mib, 170 / mib, 17.0])
+    beside = [found["split"][name] for name in ("on the device", "with codebooks")]
+    assert beside == pytest.approx([7.0, 10.0])  # both with the bookkeeping
+    assert found["full"][parts[-1]] == pytest.approx(101.0)
     axes = make_figures(analysis)["score_vs_bytes"].axes[0]
     drawn = {line.get_label(): line.get_xdata()[0] for line in axes.get_lines() if len(line.get_xdata()) == 1}
     assert drawn["ahakv (our reconstruction)"] == pytest.approx(188 / mib) and "bookkeeping" in axes.get_xlabel()

@@ -15,6 +15,7 @@ from src.records.record import Record
 from src.retention import measures as retention
 from src.retention.from_records import needle
 from src.retention.journal import Journal
+from src.retention.per_head import PER_HEAD, Measure
 from src.retention.plot import plot_retention
 from src.retention.profile import profile, sample_measures, summarise
 from src.retention.store import Kept, KeptSample, bin_counts, kept_sample, load_retention, write_retention
@@ -332,6 +333,24 @@ def test_summary_by_hand() -> None:
     assert found["per_task"]["code"]["drift"] == 0
     assert set(found["per_task"]) == {"qa", "code"}
     assert found["per_task"]["code"]["heavy"]["mean_position"] == pytest.approx(1 / 8)
+
+
+def test_a_measure_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the sets of `test_summary_by_hand`: the first position that a head kept, as a share of the prompt."""
+    first = Measure(
+        lambda kept: kept.argmax(axis=-1) / kept.shape[-1],
+        lambda shares: (shares > 0).argmax(axis=-1) / shares.shape[-1],
+        "the first", "share of the prompt", "first", "0 start",
+    )  # fmt: skip
+    monkeypatch.setitem(PER_HEAD, "first", first)
+    samples = [sample(10, [[0, 1, 8, 9], [2, 7, 8, 9]]), sample(10, [[4, 8, 9], [0, 8, 9]], key=("code", "1", "aa"))]
+    found = summarise(samples)
+    assert found["first"] == pytest.approx((0 + 0.2 + 0.4 + 0) / 4)
+    assert found["per_head"]["first"] == [[pytest.approx(0.2), pytest.approx(0.1)]]
+    assert found["per_task"]["code"]["first"] == found["per_layer"]["first"][0] + 0.05 == 0.2
+    assert found["heavy"]["first"] == pytest.approx((0 + 2 / 8 + 4 / 8 + 0) / 4)
+    binned = summarise([sample(640, [[64, 65], [0]], mode="bins")])
+    assert binned["first"] == pytest.approx((6 / 64 + 0) / 2, abs=1e-5)
 
 
 def test_keeping_everything_is_uniform_and_has_no_heavy_part() -> None:

@@ -5,6 +5,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from hydra._internal.hydra import Hydra
 
 from src import calibrate, run, sweep
 from src.bench import __main__ as bench
@@ -40,13 +42,18 @@ class Result:
 
 
 def call(entry: str, *arguments: str) -> Result:
-    """`python -m src.<entry> ...` within this process (torch on one thread: two would fight on a small machine)."""
+    """`python -m src.<entry> ...` within this process (torch on one thread: two would fight on a small machine).
+
+    Hydra composes everything once only to read `hydra.mode`; without these words nothing says it, and it answers None.
+    """
+    asked = any(re.search(r"hydra|cluster=|config-|experiment=|^-", argument) for argument in arguments)
     out, err = io.StringIO(), io.StringIO()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with (
             mock.patch.object(sys, "argv", [f"src/{entry}.py", *arguments]),
+            contextlib.nullcontext() if asked else mock.patch.object(Hydra, "get_mode", return_value=None),
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
         ):
