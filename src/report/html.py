@@ -25,6 +25,8 @@ CAPTIONS = {
     "that nothing cheaper beats, with their budgets.",
     "fidelity_vs_budget": "How far the next-token distribution moves away from the full cache's on the "
     "reference answer: less noisy than scores.",
+    "counts": "Entries of each layer and KV head after the prompt, mean over samples, as a share of the cell's mean; "
+    "the numbers above are the fewest and the most. Cells whose layers and heads all hold alike are left out.",
     "kept_over_time": "One sample: output tokens read, from left to right, against positions in the text, upwards; "
     "above the line are output tokens. For a policy that keeps everything and chooses, what it attended to.",
     "retention": "Share of the prompt's positions that are kept, by layer and place in the prompt, mean over "
@@ -65,6 +67,7 @@ def page(
     add("memory", "Score versus memory", figure("score_vs_bytes"), table("memory"))
     add("fidelity", "Fidelity to the full cache", figure("fidelity_vs_budget"), table("fidelity"))
     add("retention", "Which positions survive", figure("retention"), table("retention"), table("overlap"))
+    add("counts", "Who holds how much", figure("counts"))
     add("over-time", "What is cached as the output grows", figure("kept_over_time"))
     add("samples", "Where policies differ most", _samples(analysis, samples))
     add("policies", "Notes on each policy", _notes(analysis))

@@ -17,6 +17,7 @@ from src.compare.matched import make_study
 from src.errors import InputError
 from src.files import write_whole
 from src.report.contrasts import contrasts, retention_maps
+from src.report.counts import counts_map
 from src.report.figures import inline_svg, pdf, png
 from src.report.formats import Table, comma_separated, latex, markdown, terminal
 from src.report.html import page
@@ -45,8 +46,8 @@ def write_report(
     study = replace(study, warnings=(*study.warnings, *warnings))  # for the page, report.json and the terminal
     analysis = replace(analysis, study=study)
     figures = make_figures(analysis, maps)
-    over_time = of_study(study)
-    figures |= {"kept_over_time": over_time} if over_time else {}
+    more = {"counts": counts_map(analysis), "kept_over_time": of_study(study)}
+    figures |= {name: figure for name, figure in more.items() if figure is not None}
     out = out or Path(os.path.commonpath([run.folder.parent for run in study.runs])) / "report"
     html = page(
         analysis,
