@@ -170,6 +170,11 @@ class Fork:
         """Exact bytes of keys and values."""
         return sum(cache.nbytes for cache in self.caches)
 
+    @property
+    def cutting_nbytes(self) -> int:
+        """The most bytes of keys and values while layers could still shrink; 0: none could."""
+        return self.planned.peak_nbytes if self.planned and self.planned.plan.revises else 0
+
     def nbytes_by_device(self) -> dict[str, int]:
         """`nbytes` by where they lie."""
         total: Counter[str] = Counter()

@@ -130,6 +130,8 @@ class Generation:
         kv_bytes: keys and values after the cut, read off the storages.
         kv_bytes_by_device: the same, apart where some of it lies in host memory: "device" and "host".
         kv_bytes_peak: the most entries held times the bytes of an entry.
+        kv_byte_steps: bytes of keys and values held after each decoding step, summed over the steps.
+        kv_bytes_cutting: the most that keys and values took while layers could still shrink; 0 without such a plan.
         kv_bytes_full: what everything read up to the cut would take (with `prompt_scope=context`, the context).
         bookkeeping_bytes: positions and the policy's own state.
         decode_seconds: the lane's share of the batch's time (step time / lanes in the step, summed).
@@ -149,6 +151,8 @@ class Generation:
     kv_bytes: int = 0
     kv_bytes_by_device: dict[str, int] = field(default_factory=dict)
     kv_bytes_peak: int = 0
+    kv_byte_steps: int = 0
+    kv_bytes_cutting: int = 0
     kv_bytes_full: int = 0
     bookkeeping_bytes: int = 0
     prefill_seconds: float = 0.0
@@ -169,6 +173,7 @@ class Generation:
         self.kept_prompt = [cache.positions[0].to("cpu", copy=True) for cache in fork.caches]
         self.kv_bytes, self.bookkeeping_bytes = fork.nbytes(), fork.bookkeeping_nbytes()
         self.kv_bytes_by_device, self.kv_bytes_full = fork.nbytes_by_device(), fork.full_nbytes
+        self.kv_bytes_cutting = fork.cutting_nbytes
         self.extra = {name: four_digits(values.tolist()) for name, values in fork.measures().items()}
 
     def describe_end(self, batch: LaneBatch, row: int) -> None:
@@ -180,6 +185,7 @@ class Generation:
         caches, lane = batch.locate(row)
         self.kept_end = [cache.positions[lane, :, : cache.used[lane]].to("cpu", copy=True) for cache in caches]
         self.kv_bytes_peak = max(self.kv_bytes, sum(cache.most_bytes(lane) for cache in caches))
+        self.kv_byte_steps = sum(cache.byte_steps(lane) for cache in caches)
         self.picks = [
             count[:, : cache.used[lane]].to("cpu", copy=True)
             for count, cache in zip(batch.picks(row), caches, strict=False)

@@ -36,6 +36,10 @@ class LayerCache:
         self.keys, self.values, self.positions = keys, values, positions
         self.used, self.limit = list(used), limit
         self.most_used = list(used)
+        self.entry_steps, self.full_steps = (
+            [0] * len(self.used),
+            0,
+        )  # `byte_steps`, in entries; steps while all are full
         self.filled = torch.tensor(self.used, device=keys.device)  # `used`, where kernels can read it
         self.mask = self._mask()
         self._grid = self._lanes_by_heads()
@@ -135,6 +139,10 @@ class LayerCache:
     def most_bytes(self, lane: int) -> int:
         """The most bytes of keys and values that a lane has held."""
         return self.entry_bytes * self.most_used[lane]
+
+    def byte_steps(self, lane: int) -> int:
+        """Bytes of keys and values that a lane held after each decoding step, summed over the steps."""
+        return self.entry_bytes * (self.entry_steps[lane] + self.full_steps * self.used[lane])
 
     def is_finite(self, lane: int) -> bool:
         """Whether all of a lane's keys and values are numbers."""
@@ -238,9 +246,12 @@ class LayerCache:
             room = self.slots if room is None else room
             self.used = [min(used + 1, room) for used in self.used]
             self.most_used = [max(most, used) for most, used in zip(self.most_used, self.used, strict=True)]
+            self.entry_steps = [sum_ + used for sum_, used in zip(self.entry_steps, self.used, strict=True)]
             self.filled = (self.filled + 1).clamp_(max=room)
             if all(used == self.slots for used in self.used):
                 self.mask = None
+        else:
+            self.full_steps += 1
 
     def put(self, at: tuple[Tensor, ...], key: Tensor, value: Tensor, stored: Tensor | None) -> None:
         """Store a key and a value `(lanes, kv_heads, ...)` at these indices, except where `stored` is False."""
@@ -253,6 +264,8 @@ class LayerCache:
     def keep(self, slots: Tensor) -> None:
         """Keep only these slots `(lanes, kv_heads, k)` of every lane, moved to the front; memory stays for reuse."""
         kept = slots.shape[-1]
+        self.entry_steps = [s + self.full_steps * used for s, used in zip(self.entry_steps, self.used, strict=True)]
+        self.full_steps = 0
         for tensor in (self.keys, self.values):
             at = slots[..., None].to(tensor.device).expand(-1, -1, -1, tensor.shape[-1])
             tensor[:, :, :kept] = tensor.gather(2, at)
@@ -268,6 +281,7 @@ class LayerCache:
         self.positions = self.positions[lanes]
         self.filled = self.filled[lanes]
         self.used, self.most_used = [self.used[i] for i in rows], [self.most_used[i] for i in rows]
+        self.entry_steps = [self.entry_steps[i] for i in rows]
         self.mask = self._mask()
         self._grid = self._lanes_by_heads()
 

@@ -50,6 +50,8 @@ class RaggedCache(LayerCache):
         self.most_used = list(self.used)
         self.filled = torch.tensor(self.counts, device=positions.device)
         self.peaks = [0] * lanes  # most bytes of each lane before tokens were encoded
+        self.summed = [0] * lanes  # `byte_steps` of each lane before tokens were encoded; since then:
+        self.steps = self.tail_steps = 0  # steps, and the tail's slots summed over them
         self.mask = self._mask()
 
     @classmethod
@@ -113,7 +115,7 @@ class RaggedCache(LayerCache):
             return first
         slots = max(cache.slots for cache in ragged)
         return RaggedCache(
-            [Part(Rows.join(keys), Rows.join(values)) for keys, values in columns(ragged)],
+            [Part.join(same) for same in zip(*(cache.parts for cache in ragged), strict=True)],
             (torch.cat([cache.keys for cache in ragged]), torch.cat([cache.values for cache in ragged])),
             torch.cat([pad_slots(cache.positions, slots, dim=2, value=-1) for cache in ragged]),
             None if first.limit is None else slots,
@@ -132,9 +134,14 @@ class RaggedCache(LayerCache):
     def most_bytes(self, lane: int) -> int:
         return max(self.peaks[lane], self._lane_bytes(lane))
 
+    def byte_steps(self, lane: int) -> int:
+        return self.summed[lane] + self.steps * self._frozen_bytes(lane) + self.tail_steps * self.entry_bytes
+
     def _lane_bytes(self, lane: int) -> int:
-        frozen = sum(rows.nbytes_of(self._segments(lane)) for part in self.parts for rows in part)
-        return frozen + self.tail * self.entry_bytes
+        return self._frozen_bytes(lane) + self.tail * self.entry_bytes
+
+    def _frozen_bytes(self, lane: int) -> int:
+        return sum(rows.nbytes_of(self._segments(lane)) for part in self.parts for rows in part)
 
     def _segments(self, lane: int) -> slice:
         heads = self.positions.shape[1]
@@ -232,7 +239,9 @@ class RaggedCache(LayerCache):
 
     def _seal(self) -> None:
         """Encode the full tail, and what the codec had left of the prompt; slots stay what they are."""
-        self.peaks = [self.most_bytes(lane) for lane in range(len(self.used))]
+        lanes = range(len(self.used))
+        self.peaks, self.summed = [self.most_bytes(i) for i in lanes], [self.byte_steps(i) for i in lanes]
+        self.steps = self.tail_steps = 0
         counts = [self.tail] * (len(self.used) * self.positions.shape[1])
         starts = [self.longest] * len(counts)
         new = [tensor.flatten(0, 2) for tensor in (self.keys, self.values)]
@@ -272,9 +281,11 @@ class RaggedCache(LayerCache):
             assert self.mask is not None  # only a cache at capacity has none
             self.mask[..., at] = 0
             self.tail += 1
+            self.steps, self.tail_steps = self.steps + 1, self.tail_steps + self.tail
             self.used = [at + 1] * len(self.used)
             self.most_used, self.filled = list(self.used), self.filled + 1
             return
+        self.steps += 1
         stored = slot < self.slots if may_refuse else None
         slot = torch.minimum(slot, self.filled - 1)
         for part in self.parts:
@@ -298,15 +309,10 @@ class RaggedCache(LayerCache):
         self.filled = self.filled[lanes]
         self.used, self.most_used = [self.used[i] for i in rows], [self.most_used[i] for i in rows]
         self.counts, self.peaks = [self.counts[i] for i in rows], [self.peaks[i] for i in rows]
+        self.summed = [self.summed[i] for i in rows]
         self.mask = self._mask()
 
 
 def new_tail(like: Tensor, lanes: int) -> Tensor:
     """A tail without slots for keys or values `(kv_heads, n, head_dim)`."""
     return like.new_zeros(lanes, like.shape[0], 0, like.shape[-1])
-
-
-def columns(caches: Sequence[RaggedCache]) -> list[tuple[list[Rows], list[Rows]]]:
-    """Every part's keys and values of all caches."""
-    parts = zip(*(cache.parts for cache in caches), strict=True)
-    return [([part.keys for part in same], [part.values for part in same]) for same in parts]

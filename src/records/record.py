@@ -14,7 +14,7 @@ from src.records.kinds import AMOUNT, ANY, FIGURES, FLAG, GRID, NAME, SCORE, TEX
 from src.records.seal import CHECK, as_json, open_sealed, read_object, sealed, why_unreadable
 from src.retention.store import Key
 
-VERSION = 1  # of the schema: it grows when a field is added; a field never changes its meaning
+VERSION = 2  # of the schema: it grows when a field is added; a field never changes its meaning
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +71,16 @@ class Record:
     ] = None
     kv_bytes_host: Annotated[float | None, About("the part in host memory", "bytes", AMOUNT)] = None
     kv_bytes_peak: Annotated[float | None, About("the most that keys and values took", "bytes", AMOUNT)] = None
+    kv_byte_steps: Annotated[
+        float | None,
+        About("keys and values held after each decoding step, summed over the steps", "bytes x steps", AMOUNT),
+    ] = None
+    kv_bytes_cutting: Annotated[
+        float | None,
+        About(
+            "the most that keys and values took while the prompt was cut, where layers shrank again", "bytes", AMOUNT
+        ),
+    ] = None
     kv_bytes_full: Annotated[float | None, About("what the full cache takes at the cut", "bytes", AMOUNT)] = None
     bookkeeping_bytes: Annotated[float | None, About("positions and the policy's own state", "bytes", AMOUNT)] = None
     seconds: Annotated[float | None, About("prefill and decode together", "seconds", AMOUNT)] = None

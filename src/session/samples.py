@@ -112,6 +112,8 @@ def to_record(one: Prepared, result: Generation, model: LoadedModel, cfg: Sessio
         kv_bytes_device=split.get("device"),
         kv_bytes_host=split.get("host"),
         kv_bytes_peak=result.kv_bytes_peak,
+        kv_byte_steps=result.kv_byte_steps,
+        kv_bytes_cutting=result.kv_bytes_cutting or None,
         kv_bytes_full=result.kv_bytes_full,
         bookkeeping_bytes=result.bookkeeping_bytes,
         seconds=result.prefill_seconds + result.decode_seconds,
