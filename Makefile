@@ -51,8 +51,8 @@ bench: setup     ## speed and memory, side by side in one process
 
 # The range of transformers that pyproject.toml allows, each end in an environment of its own.
 QUICK := tests/engine tests/policies tests/kv tests/models
-test-oldest: setup ## the engine's tests on the oldest transformers that is allowed
-test-newest: setup ## the same on the newest that the package index has
+test-oldest:     ## the engine's tests on the oldest transformers that is allowed
+test-newest:     ## the same on the newest that the package index has
 test-oldest test-newest: test-%:
 	$(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
