@@ -35,8 +35,7 @@ class RaggedCache(LayerCache):
         positions: of all slots, `(lanes, kv_heads, slots)`, int32, -1 where there is no token.
         tail: filled slots of the tail, the same in all lanes.
         sealed: tokens after the prompt that are encoded by now.
-        used: slots before the first that no head of any lane has filled, the same for every lane; with reserved rows,
-            those that a lane has filled.
+        used: slots before the first that no head of any lane has filled; with reserved rows, that the lane has filled.
         filled: entries of every head, `(lanes, kv_heads)`.
         last: slot of the last of `counts`, likewise.
     """
