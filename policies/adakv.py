@@ -57,6 +57,12 @@ class AdaKV(Allocator):
             raise ValueError(
                 f"base={self.base}: valid: an allocator of layers, e.g. policies.pyramidkv.Pyramid, or null"
             )
+        if self.base is not None and self.base.revises:
+            raise ValueError(shrinks(self.base))
+
+    @property
+    def evenhanded(self) -> bool:
+        return self.base is None or self.base.evenhanded
 
     @property
     def exact(self) -> bool:
@@ -132,10 +138,7 @@ class AdaptivePlan:
         layer = prompt.layer
         given = self.base.cut(prompt, scores)
         if set(given) != {layer}:
-            raise ValueError(
-                f"base={type(self.rule.base).__name__}: shrinks earlier layers, whose heads could not be divided anew; "
-                "valid: an allocator that gives each layer its count once, e.g. Pyramid"
-            )
+            raise ValueError(shrinks(self.rule.base))
         total = sum(given[layer])
         if total == scores.numel():
             return {layer: list(given[layer])}
@@ -147,3 +150,11 @@ class AdaptivePlan:
                 f"{total // len(stays)} entries for each head; valid: {stays[head] + 1} or more"
             )
         return {layer: won if self.rule.floor_rule == "protect" else self.rule.mix(won, stays, prompt.length)}
+
+
+def shrinks(base: Allocator | None) -> str:
+    """What is wrong with a base that gives layers other counts later."""
+    return (
+        f"base={type(base).__name__}: shrinks earlier layers, whose heads could not be divided anew; "
+        "valid: an allocator that gives each layer its count once, e.g. Pyramid"
+    )

@@ -96,6 +96,9 @@ class AhaKV(ScorePolicy):
     def least_budget(self) -> int:
         return self.window + self.sinks + 1
 
+    def staying(self, budget: int) -> int:
+        return self.window + self.sinks
+
     # The prompt.
 
     def score(self, prompt: PromptAttention, budget: int) -> Tensor:

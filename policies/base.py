@@ -104,6 +104,10 @@ class Policy(ABC):
         """The smallest budget (tokens per layer and KV head) with which the policy makes sense."""
         return 1
 
+    def staying(self, budget: int) -> int:
+        """Tokens that stay in every head whatever they are worth, where the policy is told this budget."""
+        return self.least_budget() - 1
+
     # Before anything runs, and before each request: return a policy that knows more.
 
     def bind(self, model: ModelShape) -> Policy:
@@ -262,6 +266,9 @@ class ScorePolicy(RankedPolicy):
 
     def least_budget(self) -> int:
         return 2
+
+    def staying(self, budget: int) -> int:
+        return self.recent(budget)
 
     def keep_prompt(self, prompt: PromptAttention, budget: int) -> Tensor:
         recent = check_recent(self.recent(budget), budget)

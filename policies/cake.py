@@ -82,6 +82,7 @@ class Cascade(Allocator):
     window: int = 32
     tau1: float = 1.6
     tau2: float = 0.4
+    evenhanded: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,9 +91,14 @@ class Cascade(Allocator):
                 f"window={self.window}, tau1={self.tau1}, tau2={self.tau2}: valid: a window of 2 or more, tau above 0"
             )
 
+    @property
+    def revises(self) -> bool:
+        return True
+
     def plan(self, allotment: Allotment) -> Plan:
         if allotment.budget >= allotment.length:
             return ByLayer.uniform(allotment)
+        allotment = allotment.told_alike()
         return Cascading(self, allotment, competing(allotment))
 
     def preference(self, prompt: PromptAttention) -> float:

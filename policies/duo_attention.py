@@ -63,12 +63,17 @@ class RetrievalHeads(Allocator):
         if self.pattern is not None:
             object.__setattr__(self, "pattern", numbers(self.pattern))  # settings tell cells apart: lists cannot
 
+    @property
+    def revises(self) -> bool:
+        return not self.pattern
+
     def plan(self, allotment: Allotment) -> Plan:
         if allotment.budget >= allotment.length:
             return ByLayer.uniform(allotment)
         shape = f"{allotment.layers} lists of {allotment.kv_heads} numbers, one for each layer"
         if self.pattern and [len(layer) for layer in self.pattern] != [allotment.kv_heads] * allotment.layers:
             raise ValueError(f"pattern of {len(self.pattern)} layers: valid: {shape} and its KV heads")
+        allotment = allotment.told_alike()
         return HeadsByReach(self, allotment, self.sizes(allotment))
 
     def sizes(self, a: Allotment) -> list[int]:
@@ -116,7 +121,7 @@ class HeadsByReach:
 
     @property
     def revises(self) -> bool:
-        return not self.rule.pattern
+        return self.rule.revises
 
     def told(self, layer: int) -> int:
         return self.allotment.budget

@@ -14,6 +14,7 @@ from src.kv.ragged import RaggedCache
 
 if TYPE_CHECKING:
     from src.kv.prompt import PromptAttention
+    from src.kv.state import ModelShape
 
 
 @dataclass(frozen=True)
@@ -51,18 +52,28 @@ class KIVI(Store):
         if self.residual < 1 or self.residual % self.group:
             raise ValueError(f"residual={self.residual}: valid: a multiple of group={self.group}")
 
-    def hold(self, prompt: PromptAttention, kept: Sequence[Tensor], limit: int | None) -> RaggedCache:
-        """One layer's cache.
+    @property
+    def last_queries(self) -> int:
+        return 0
 
-        Raises:
-            ValueError: the head size is no multiple of the group, or does not fill bytes; else as
-                `RaggedCache.from_prompt`.
-        """
-        dim = prompt.keys.shape[-1]
+    def check_model(self, model: ModelShape) -> None:
+        """ValueError: the head size is no multiple of the group, or does not fill bytes."""
+        self.check_dim(model.head_dim)
+
+    def check_dim(self, dim: int) -> None:
+        """The same for a head size."""
         if dim % self.group:
             valid = ", ".join(str(g) for g in range(1, dim + 1) if dim % g == 0)
             raise ValueError(f"group={self.group}: does not divide the head size {dim}; valid: {valid}")
         if dim * self.bits % 8:
             raise ValueError(f"bits={self.bits}: a key of {dim} numbers does not fill bytes; valid: 8")
+
+    def hold(self, prompt: PromptAttention, kept: Sequence[Tensor], limit: int | None) -> RaggedCache:
+        """One layer's cache.
+
+        Raises:
+            ValueError: as `check_model`, and as `RaggedCache.from_prompt`.
+        """
+        self.check_dim(prompt.keys.shape[-1])
         codec = Bits(self.bits, self.group, self.residual)
         return RaggedCache.from_prompt(prompt.keys, prompt.values, kept, limit, codec)

@@ -27,6 +27,8 @@ class Mass(Allocator):
     """
 
     tau: float = 0.95
+    evenhanded: ClassVar[bool] = True
+    uses_budget: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

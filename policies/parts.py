@@ -18,6 +18,7 @@ from src.kv.plan import Allotment, Plan
 if TYPE_CHECKING:
     from src.kv.cache import LayerCache
     from src.kv.prompt import PromptAttention
+    from src.kv.state import ModelShape
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,27 @@ class Part:
 class Allocator(Part, ABC):
     """Who may hold how many entries.
 
-    Class attributes:
+    Class attributes, or properties:
         exact: the counts add up to `Allotment.total`, which the engine checks; False for what reproduces an official
             rounding that does not.
+        revises: the counts of a layer may still fall when later layers come (`Plan.revises`).
+        evenhanded: KV heads of a layer whose scores are the same hold equally many.
+        uses_budget: False: prompts that would fit into the budget are cut as others are.
     """
+
+    uses_budget: ClassVar[bool] = True
+
+    @property
+    def evenhanded(self) -> bool:
+        return False
 
     @property
     def exact(self) -> bool:
         return True
+
+    @property
+    def revises(self) -> bool:
+        return False
 
     @abstractmethod
     def plan(self, allotment: Allotment) -> Plan:
@@ -61,6 +75,14 @@ class Store(Part, ABC):
     """
 
     overwrites: ClassVar[bool] = False
+
+    @property
+    def last_queries(self) -> int | None:
+        """How many of the prompt's last queries `hold` looks at; None: perhaps all, which must stay until then."""
+        return None
+
+    def check_model(self, model: ModelShape) -> None:
+        """Asked before anything runs; ValueError: it cannot hold this model's keys and values."""
 
     @abstractmethod
     def hold(self, prompt: PromptAttention, kept: Sequence[Tensor], limit: int | None) -> LayerCache:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fractions import Fraction
 from math import floor
-from typing import Literal
+from typing import ClassVar, Literal
 
 from policies.parts import Allocator
 from src.kv.plan import Allotment, Plan
@@ -34,6 +34,7 @@ class Pyramid(Allocator):
 
     beta: float = 20
     rounding: Literal["exact", "official", "kvpress"] = "exact"
+    evenhanded: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -45,6 +45,10 @@ class ThinK(Store):
         if self.rows < 1:
             raise ValueError(f"rows={self.rows}: valid: 1 or more")
 
+    @property
+    def last_queries(self) -> int:
+        return self.rows
+
     def hold(self, prompt: PromptAttention, kept: Sequence[Tensor], limit: int | None) -> RaggedCache:
         """One layer's cache; channel numbers, 16 bits each, count as key bytes.
 

@@ -29,6 +29,14 @@ class TOVA(RankedPolicy):
     evicts_while_decoding: ClassVar[bool] = True
     may_refuse: ClassVar[bool] = True
 
+    def check_parts(self) -> None:
+        super().check_parts()
+        if self.allocate is not None and not self.allocate.evenhanded:
+            raise ValueError(
+                f"allocate={type(self.allocate).__name__}: TOVA keeps the same tokens in all heads of a layer; "
+                "valid: an allocator that gives heads with equal scores equally many, e.g. adakv, or null"
+            )
+
     def rank_prompt(self, prompt: PromptAttention, budget: int) -> Tensor:
         return prompt.window_weights(1)[:, :, 0].mean(dim=(0, 1)).expand(prompt.kv_heads, -1)
 

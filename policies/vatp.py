@@ -43,6 +43,9 @@ class VATP(H2O):
         """The heavy share must hold one token beside the protected ones."""
         return next(budget for budget in count(2) if budget - self.recent(budget) > self.sinks or not self.sinks)
 
+    def staying(self, budget: int) -> int:
+        return self.recent(budget) + self.sinks
+
     def score(self, prompt: PromptAttention, budget: int) -> Tensor:
         score = super().score(prompt, budget) * prompt.value_norms("l1")
         score[:, : self.sinks] = torch.inf

@@ -9,6 +9,7 @@ from typing import Any
 
 from policies.base import Policy
 from src.config.cells import CellConfig
+from src.engine.cut import allotment
 from src.engine.layer_kinds import first_layer
 from src.engine.request import Variant
 from src.errors import InputError
@@ -17,6 +18,8 @@ from src.kv.faults import ContractError, Fault, ask, show
 from src.kv.state import ModelShape
 from src.models.digest import digest
 from src.models.load import LoadedModel
+
+LONG = 1 << 30  # tokens of a prompt that no budget holds
 
 
 def shape_of(model: LoadedModel) -> ModelShape:
@@ -45,6 +48,7 @@ def bind(cells: Sequence[CellConfig], model: LoadedModel) -> list[CellConfig]:
         given = cell.variant.policy
         try:
             policy = ask(given, "bind", None, bound_to, shape, given, cell.label)
+            ask(policy, "bind", None, check_parts, shape, policy, cell)
             found = ask(given, "fingerprint", None, fingerprint, policy)
         except Fault as fault:
             raise InputError(f"policy={cell.label}: {fault}") from None
@@ -63,6 +67,25 @@ def bound_to(shape: ModelShape, policy: Policy, label: str) -> Policy:
     if not isinstance(bound, Policy):
         raise ContractError(f"gave {show(bound)}; expected a Policy")
     return bound
+
+
+def check_parts(shape: ModelShape, policy: Policy, cell: CellConfig) -> None:
+    """A store that cannot hold the model's keys, or a budget that an allocator cannot divide: refused before anything
+    runs. A budget that is a share of the prompt is looked at with every prompt.
+
+    Raises:
+        InputError: it names the setting and what would be valid.
+    """
+    budget = cell.variant.budget
+    try:
+        if policy.store is not None:
+            policy.store.check_model(shape)
+        if policy.allocate is not None and isinstance(budget, int):
+            policy.allocate.plan(allotment(policy, budget, LONG, shape.layers, shape.kv_heads))
+    except ValueError as error:
+        if type(error) is not ValueError:
+            raise
+        raise InputError(f"policy={cell.label}: {error}") from None
 
 
 def fingerprint(policy: Policy) -> dict[str, Any]:

@@ -13,14 +13,21 @@ from torch import Tensor
 
 from policies.base import Policy, RankedPolicy
 from src.kv.cache import LayerCache
-from src.kv.contract import Doubt, check_counts, check_rank, check_total
+from src.kv.contract import (
+    Doubt,
+    check_cache,
+    check_counts,
+    check_limit,
+    check_plan,
+    check_rank,
+    check_start,
+    check_total,
+)
 from src.kv.faults import ask
 from src.kv.plan import Allotment, Plan
 from src.kv.prompt import PromptAttention
 from src.kv.ragged import RaggedCache
 from src.kv.state import State
-
-LAST_ROWS = 128  # of the prompt's queries stay for stores that want to know what is asked for (ThinK: 32)
 
 
 @dataclass(frozen=True)
@@ -39,16 +46,20 @@ class PlannedCut:
         budget: entries per layer and KV head, on average.
 
     Attributes:
-        peak_nbytes: the most bytes of keys and values that its layers took while they came.
+        peak_nbytes: the most bytes of keys and values of layers that could still shrink; 0: none could.
+
+    Raises:
+        Fault: the budget is too small for the allocator, or it raised, or gave no plan.
     """
 
     def __init__(self, policy: RankedPolicy, budget: int, prompt: PromptAttention) -> None:
         self.policy, self.layers = policy, prompt.layers
-        always = policy.least_budget() - 1
-        self.allotment = Allotment(budget, prompt.length, prompt.layers, prompt.kv_heads, always)
+        self.allotment = allotment(policy, budget, prompt.length, prompt.layers, prompt.kv_heads)
         assert policy.allocate is not None
         self.plan: Plan = ask(policy, "allocate", None, policy.allocate.plan, self.allotment)
-        self.told = [self.plan.told(layer) for layer in range(prompt.layers)]
+        least = policy.least_budget()
+        self.told = ask(policy, "allocate", None, check_plan, self.plan, prompt.layers, least, prompt.length)
+        self.revises = self.plan.revises
         self.open: list[LayerCut] = []  # layers that may still shrink
         self.held: list[LayerHeld] = []
         self.counts: list[list[int]] = []
@@ -68,15 +79,14 @@ class PlannedCut:
         self.counts = [list(given.get(earlier, had)) for earlier, had in enumerate(before)]
         kept = best(ranks, self.counts[-1])
         state = ask(policy, "start", layer, remembered, policy, prompt, kept, told)
-        if self.plan.revises:
-            self.open.append(LayerCut(prompt, kept, ranks, state))
+        if self.revises:
+            self.open.append(LayerCut(prompt, kept, ranks, state, policy.store.last_queries if policy.store else 0))
             for earlier in given:
                 self.open[earlier].shrink(self.counts[earlier])
         else:
             cache = ask(policy, "store", layer, hold, policy, prompt, kept, told)
             self.held.append(LayerHeld(cache, state))
-        taken = sum(cut.nbytes for cut in self.open) + sum(one.cache.nbytes for one in self.held)
-        self.peak_nbytes = max(self.peak_nbytes, taken)
+        self.peak_nbytes = max(self.peak_nbytes, sum(cut.nbytes for cut in self.open))
         return [*prompt.doubts, enough(ranks, self.counts[-1])]
 
     def _rank(self, prompt: PromptAttention) -> Tensor:
@@ -86,7 +96,7 @@ class PlannedCut:
     def _divide(
         self, prompt: PromptAttention, ranks: Tensor, before: Sequence[Sequence[int]]
     ) -> Mapping[int, Sequence[int]]:
-        return check_counts(self.plan.cut(prompt, ranks), before)
+        return check_counts(self.plan.cut(prompt, ranks), before, self.revises)
 
     def finish(self) -> list[LayerHeld]:
         """All layers, once the last has come.
@@ -111,10 +121,19 @@ class LayerCut:
         kept: of every KV head, positions, ascending.
         ranks: what they are worth, `(kv_heads, n)` over the whole prompt.
         state: what the policy remembers about them, `(kv_heads, ..., longest)`.
+        last_queries: how many of the prompt's stay for the store (`Store.last_queries`); None: all.
     """
 
-    def __init__(self, prompt: PromptAttention, kept: Sequence[Tensor], ranks: Tensor, state: State) -> None:
-        self.prompt, self.ranks, self.state, self.length = prompt, ranks, state, prompt.length
+    def __init__(
+        self,
+        prompt: PromptAttention,
+        kept: Sequence[Tensor],
+        ranks: Tensor,
+        state: State,
+        last_queries: int | None = 0,
+    ) -> None:
+        self.prompt, self.ranks, self.state = prompt, ranks, state
+        self.queries = prompt.queries.shape[1] if last_queries is None else min(last_queries, prompt.queries.shape[1])
         self.positions = torch.arange(prompt.length, device=ranks.device).expand(prompt.kv_heads, -1)
         self._narrow(kept)
 
@@ -138,7 +157,7 @@ class LayerCut:
         self.counts = [len(head) for head in kept]
         self.missing = absent(self.counts, index.device)
         keys, values = (rows(tensor, index) for tensor in (prompt.keys, prompt.values))
-        queries = prompt.queries[:, -LAST_ROWS:].clone()  # the rest can go
+        queries = prompt.queries[:, prompt.queries.shape[1] - self.queries :].clone()  # the rest can go
         self.prompt = PromptAttention(queries, keys, values, prompt.scaling, prompt.layer, prompt.layers)
         self.ranks = self.ranks.gather(-1, index).masked_fill(self.missing, -torch.inf)
         self.positions = self.positions.gather(-1, index).masked_fill(self.missing, -1)
@@ -146,38 +165,48 @@ class LayerCut:
     def hold(self, policy: Policy, told: int) -> LayerCache:
         """The cache that the lanes decode with, held as the policy's store does."""
         kept = [torch.arange(count, device=self.positions.device) for count in self.counts]
-        cache = hold(policy, self.prompt, kept, told, whole=max(self.counts) == self.length)
+        cache = hold(policy, self.prompt, kept, told)
         cache.positions = self.positions.to(torch.int32)[None].clone()
         return cache
 
 
-def hold(
-    policy: Policy, prompt: PromptAttention, kept: Sequence[Tensor], told: int, whole: bool | None = None
-) -> LayerCache:
+def allotment(policy: Policy, budget: int, length: int, layers: int, kv_heads: int) -> Allotment:
+    """What a policy's allocator has to divide. Raises Fault."""
+
+    def found() -> Allotment:
+        always, at_budget = policy.least_budget() - 1, policy.staying(min(budget, length))
+        return Allotment(budget, length, layers, kv_heads, always, at_budget)
+
+    return ask(policy, "staying", None, found)
+
+
+def hold(policy: Policy, prompt: PromptAttention, kept: Sequence[Tensor], told: int) -> LayerCache:
     """One layer's cache. Heads that keep equally many stand in a rectangle.
 
-    A policy that evicts while decoding does so within what each head was given, as soon as that is less than the
-    prompt.
+    A policy that evicts while decoding does so within what each head was given, whatever the layer was told.
 
-    Args:
-        whole: some head keeps the whole prompt; None: as the prompt's length says.
+    Raises:
+        ContractError: the store's cache is none of the kept entries.
     """
-    longest = max(len(head) for head in kept)
-    limit, equal = policy.limit(told, longest), len({len(head) for head in kept}) == 1
-    whole = longest == prompt.length if whole is None else whole
-    if limit is not None and not (equal and whole):
-        limit = longest
-    if equal:
-        return policy.make_cache(prompt, torch.stack(list(kept)), limit)
-    if policy.store is not None:
-        return policy.store.hold(prompt, kept, limit)
-    return RaggedCache.from_prompt(prompt.keys, prompt.values, kept, limit)
+    counts = [len(head) for head in kept]
+    limit = check_limit(policy.limit(told, max(counts)), 0, None, not policy.evicts_while_decoding)
+    if limit is not None:
+        limit = max(counts)
+    if len(set(counts)) == 1:
+        cache = policy.make_cache(prompt, torch.stack(list(kept)), limit)
+    elif policy.store is not None:
+        cache = policy.store.hold(prompt, kept, limit)
+    else:
+        cache = RaggedCache.from_prompt(prompt.keys, prompt.values, kept, limit)
+    check_cache(cache, counts, limit)
+    return cache
 
 
 def remembered(policy: Policy, prompt: PromptAttention, kept: Sequence[Tensor], told: int) -> State:
     """What the policy remembers about the kept tokens, padded to the longest head."""
     index = padded(kept)
     state = policy.start(prompt, index, told)
+    check_start(state, *index.shape)
     clear(state, absent([len(head) for head in kept], index.device))
     return state
 

@@ -108,7 +108,7 @@ class Evictions:
 
     def _note(self, eviction: Eviction, cache: LayerCache, room: int) -> None:
         if not cache.full and min(cache.used) < room:  # nothing is evicted from a lane that has room
-            roomy = (cache.filled < room)[:, None]
+            roomy = cache.filled_by_head() < room
             eviction = Eviction(
                 eviction.layer, eviction.lowest.masked_fill(roomy, 0), eviction.given, eviction.expected
             )

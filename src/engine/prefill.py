@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from policies.base import Policy, RankedPolicy
@@ -105,10 +106,8 @@ class Fork:
         self.doubts += [(prompt.layer, d) for d in (*prompt.doubts, doubt)]
         entries = kept.shape[1]
         limit = question("limit", limits)
-        if policy.store is not None and limit is not None:
-            limit = entries  # such caches have no empty slots: a prompt shorter than the budget is its own
         cache = question("make_cache", lambda: policy.make_cache(prompt, kept, limit))
-        question("make_cache", lambda: check_cache(cache, (1, heads, entries), limit))
+        question("make_cache", lambda: check_cache(cache, [entries] * heads, limit))
         state = question("start", lambda: policy.start(prompt, kept, budget))
         question("start", lambda: check_start(state, heads, entries))
         measured = question("prompt_measures", lambda: check_measures(policy.prompt_measures(prompt, budget), Tensor))
@@ -119,7 +118,9 @@ class Fork:
     def _plan(self, prompt: PromptAttention) -> None:
         """Who may hold how much, unless everything fits. Raises Fault."""
         policy, budget = self.cell.policy, self.cell.budget
-        if isinstance(policy, RankedPolicy) and policy.allocate is not None and prompt.length > budget:
+        if not isinstance(policy, RankedPolicy) or policy.allocate is None:
+            return
+        if prompt.length > (budget if policy.allocate.uses_budget else policy.least_budget() - 1):
             self.planned = PlannedCut(policy, budget, prompt)
             self.cell = replace(self.cell, by_layer=tuple(self.planned.told))
 
@@ -148,6 +149,9 @@ class Fork:
         """
 
         def stacked() -> dict[str, Tensor]:
+            if self.cell.by_layer:
+                names = dict.fromkeys(name for layer in self._measured for name in layer)
+                return {name: stacked_unequal([layer.get(name) for layer in self._measured]) for name in names}
             return {name: torch.stack([layer[name] for layer in self._measured]) for name in self._measured[0]}
 
         return ask(self.cell.policy, "prompt_measures", None, stacked)
@@ -173,7 +177,7 @@ class Fork:
     @property
     def cutting_nbytes(self) -> int:
         """The most bytes of keys and values while layers could still shrink; 0: none could."""
-        return self.planned.peak_nbytes if self.planned and self.planned.plan.revises else 0
+        return self.planned.peak_nbytes if self.planned else 0
 
     def nbytes_by_device(self) -> dict[str, int]:
         """`nbytes` by where they lie."""
@@ -186,6 +190,20 @@ class Fork:
         """Bytes kept beside keys and values: positions and the policy's state."""
         positions = sum(cache.positions.untyped_storage().nbytes() for cache in self.caches)
         return positions + sum(state.nbytes() for state in self.states)
+
+
+def stacked_unequal(layers: Sequence[Tensor | None]) -> Tensor:
+    """Layers' figures `(..., k)` stacked; NaN for what one has not, because of what it was told (other windows leave
+    other numbers of tokens to compete, in a layer that keeps its whole prompt none)."""
+    there = [layer for layer in layers if layer is not None]
+    if len(there) == len(layers) and len({layer.shape for layer in there}) == 1:
+        return torch.stack(there)
+    longest = max(there, key=lambda layer: layer.shape[-1:])
+    blank = torch.full_like(longest, torch.nan, dtype=torch.promote_types(longest.dtype, torch.float32))
+    rows = [blank if layer is None else layer.to(blank.dtype) for layer in layers]
+    if not blank.dim():
+        return torch.stack(rows)
+    return torch.stack([F.pad(row, (0, blank.shape[-1] - row.shape[-1]), value=torch.nan) for row in rows])
 
 
 class Prefill:

@@ -120,6 +120,10 @@ class LayerCache:
         """Caches that give the same can be stacked: the same limit, or growing from about the same size."""
         return self.limit or f"grows from about 2^{round(4 * math.log2(self.slots)) / 4}"
 
+    def shaped(self, shape: tuple[int, int, int]) -> bool:
+        """Whether keys and values are of so many lanes, KV heads and slots."""
+        return self.keys.shape[:3] == shape and self.values.shape[:3] == shape
+
     def lacking(self) -> Tensor | None:
         """Slots that a KV head lacks though all lanes are full, `(lanes, kv_heads, slots)`; None: there are none."""
         return None

@@ -94,17 +94,20 @@ def check_start(state: Any, kv_heads: int, kept: int) -> None:
             raise ContractError(f"gave slots[{name!r}] of {show(tensor)}; expected ({kv_heads}, ..., {kept})")
 
 
-def check_cache(cache: Any, shape: tuple[int, int, int], limit: int | None) -> None:
-    """`Policy.make_cache`: a cache of exactly the kept entries, positions `(1, kv_heads, kept)`.
+def check_cache(cache: Any, counts: Sequence[int], limit: int | None) -> None:
+    """`Policy.make_cache` and `Store.hold`: a cache of exactly the kept entries, positions `(1, kv_heads, kept)`.
+
+    Args:
+        counts: kept entries of every KV head; positions are padded to the most.
 
     Raises:
         ContractError: anything else.
     """
-    positions = getattr(cache, "positions", None)
-    if not isinstance(positions, Tensor) or positions.shape != shape or cache.held(0) != [shape[2]] * shape[1]:
+    positions, shape = getattr(cache, "positions", None), (1, len(counts), max(counts))
+    if not isinstance(positions, Tensor) or positions.shape != shape or cache.held(0) != list(counts):
         raise ContractError(f"gave {show(cache)}; expected a LayerCache with positions {shape}")
-    if cache.limit != limit:
-        raise ContractError(f"gave a cache of limit {cache.limit}; expected {limit}")
+    if cache.limit != limit or not cache.shaped(shape):
+        raise ContractError(f"gave a cache of other shape or limit; expected keys {shape} and limit {limit}")
 
 
 def check_measures(measures: Any, values: type | tuple[type, ...] = object) -> dict[str, Any]:
@@ -142,14 +145,36 @@ def judge_scores(found: Sequence[float]) -> str:
     return ""
 
 
-def check_counts(given: Any, before: Sequence[Sequence[int]]) -> Mapping[int, Sequence[int]]:
+def check_plan(plan: Any, layers: int, least: int, length: int) -> list[int]:
+    """`Allocator.plan`: what every layer is told, from the policy's least budget to the prompt's length.
+
+    Raises:
+        ContractError: no plan, or another number.
+    """
+    if not all(hasattr(plan, name) for name in ("revises", "told", "cut")):
+        raise ContractError(f"gave {show(plan)}; expected a Plan")
+    told = [plan.told(layer) for layer in range(layers)]
+    for layer, budget in enumerate(told):
+        if type(budget) is not int or not least <= budget <= length:
+            raise ContractError(
+                f"tells layer {layer} {show(budget)}; expected a whole number from {least}, the policy's least, "
+                f"to {length}, the prompt's length"
+            )
+    return told
+
+
+def check_counts(given: Any, before: Sequence[Sequence[int]], revises: bool) -> Mapping[int, Sequence[int]]:
     """`Plan.cut`'s counts: for some of the layers so far, one for each KV head, from 1 to what it had `before`.
 
     Raises:
-        ContractError: anything else.
+        ContractError: anything else, or earlier layers' from a plan that does not revise.
     """
-    if not isinstance(given, Mapping) or not set(given) <= set(range(len(before))):
-        raise ContractError(f"gave {show(given)}; expected counts for some of the layers 0 to {len(before) - 1}")
+    layers = range(len(before)) if revises else range(len(before) - 1, len(before))
+    if not isinstance(given, Mapping) or not set(given) <= set(layers):
+        wanted = (
+            f"some of the layers 0 to {layers[-1]}" if revises else f"layer {layers[-1]} (the plan does not revise)"
+        )
+        raise ContractError(f"gave {show(given)}; expected counts for {wanted}")
     for layer, counts in given.items():
         had = before[layer]
         fits = isinstance(counts, Sequence) and len(counts) == len(had)
@@ -157,7 +182,8 @@ def check_counts(given: Any, before: Sequence[Sequence[int]]) -> Mapping[int, Se
             type(count) is int and 1 <= count <= most for count, most in zip(counts, had, strict=True)
         ):
             raise ContractError(
-                f"gave layer {layer} {show(counts)}; expected a count for each KV head, 1 to {list(had)}"
+                f"gave layer {layer} {show(counts)}; expected a whole number for each KV head, from 1 to what it had, "
+                f"{str(list(had))[:60]}"
             )
     return given
 
@@ -166,7 +192,7 @@ def check_total(counts: Sequence[Sequence[int]], total: int) -> None:
     """All layers' counts add up. Raises ContractError."""
     given = sum(sum(heads) for heads in counts)
     if given != total:
-        raise ContractError(f"gave {given} entries to all heads together; expected {total}")
+        raise ContractError(f"gave {given} entries to all layers and heads together; expected {total}")
 
 
 # Decoding.

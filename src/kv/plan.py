@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
@@ -21,7 +21,8 @@ class Allotment:
         length: prompt tokens.
         layers, kv_heads: of the model.
         always: entries that the policy keeps in every head whatever their score (its most recent tokens, first
-            tokens); a head never gets fewer than one more.
+            tokens), however few it is told; a head never gets fewer than one more.
+        at_budget: the same where the policy is told `budget`: more, if its window is a part of the budget.
     """
 
     budget: int
@@ -29,11 +30,16 @@ class Allotment:
     layers: int
     kv_heads: int
     always: int = 0
+    at_budget: int = 0
 
     @property
     def total(self) -> int:
         """Entries of all layers and KV heads together: a head cannot hold more than the prompt."""
         return min(self.budget, self.length) * self.layers * self.kv_heads
+
+    def told_alike(self) -> Allotment:
+        """The same for a plan that tells every layer the budget, whatever it gives: `always` is what stays then."""
+        return replace(self, always=max(self.always, self.at_budget))
 
 
 class Plan(Protocol):

@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from src.kv.cache import GROW, LayerCache, pad_slots
+from src.kv.footprint import Footprint
+from src.kv.frozen import check_rows, coded, cut, extended, join, reserve
 from src.kv.prompt import precise
-from src.kv.rows import Codec, Exact, Part, Rows
+from src.kv.rows import Codec, Exact, Part
 
 
 class RaggedCache(LayerCache):
@@ -24,21 +26,29 @@ class RaggedCache(LayerCache):
 
     Growing (`limit` None): frozen rows stay for good, and the tail takes every new token. At capacity (`limit` is the
     longest row): every head holds as many as it ever may, and each new token takes the slot of another or is refused.
+    A prompt shorter than its budget (`limit` is more) is at capacity soon: `stack` reserves rows for what is missing.
 
     Attributes:
-        counts: frozen entries, `counts[lane][head]`.
+        counts: frozen entries, `counts[lane][head]`, reserved ones included.
         parts: the frozen rows. Two after the cut: what the codec encodes, and the newest of each head, which it
             leaves as they are; growing with a `Codec.residual`, later a third: tokens after the prompt.
         keys, values: of the tail only, `(lanes, kv_heads, tail slots, head_dim)`.
         positions: of all slots, `(lanes, kv_heads, slots)`, int32, -1 where there is no token.
         tail: filled slots of the tail, the same in all lanes.
         sealed: tokens after the prompt that are encoded by now.
-        used: slots before the first that no head of any lane has filled, the same for every lane.
+        used: slots before the first that no head of any lane has filled; with reserved rows, that the lane has filled.
         filled: entries of every head, `(lanes, kv_heads)`.
+        last: slot of the last of `counts`, likewise.
     """
 
     def __init__(
-        self, parts: Sequence[Part], tail: tuple[Tensor, Tensor], positions: Tensor, limit: int | None, codec: Codec
+        self,
+        parts: Sequence[Part],
+        tail: tuple[Tensor, Tensor],
+        positions: Tensor,
+        limit: int | None,
+        codec: Codec,
+        used: Sequence[int] = (),
     ) -> None:
         self.parts, self.codec, self.limit = list(parts), codec, limit
         (self.keys, self.values), self.positions = tail, positions
@@ -46,12 +56,11 @@ class RaggedCache(LayerCache):
         lanes, heads, self.longest = positions.shape
         every = [sum(counts) for counts in zip(*(part.keys.counts for part in parts), strict=True)]
         self.counts = [every[lane * heads : (lane + 1) * heads] for lane in range(lanes)]
-        self.used = [self.longest] * lanes
+        self.used = list(used) or [self.longest] * lanes
         self.most_used = list(self.used)
-        self.filled = torch.tensor(self.counts, device=positions.device)
-        self.peaks = [0] * lanes  # most bytes of each lane before tokens were encoded
-        self.summed = [0] * lanes  # `byte_steps` of each lane before tokens were encoded; since then:
-        self.steps = self.tail_steps = 0  # steps, and the tail's slots summed over them
+        self.filled = torch.tensor([self.held(lane) for lane in range(lanes)], device=positions.device)
+        self.last = torch.tensor(self.counts, device=positions.device) - 1
+        self.footprint = Footprint(lanes)
         self.mask = self._mask()
 
     @classmethod
@@ -69,7 +78,7 @@ class RaggedCache(LayerCache):
             keys: the layer's whole prompt, `(kv_heads, n, head_dim)`.
             values: same shape.
             kept: of every KV head, positions to keep, ascending, `(k,)`, at least one.
-            limit: None: it grows; the longest row: it is at capacity.
+            limit: None: it grows; the longest row: it is at capacity; more, if all rows are as long: it will be.
             codec: how frozen rows are stored; None: as they are.
 
         Raises:
@@ -77,50 +86,39 @@ class RaggedCache(LayerCache):
         """
         codec = codec or Exact()
         counts = [len(positions) for positions in kept]
-        if min(counts) < 1:
-            raise ValueError(f"kept={counts} entries by KV head: valid: 1 or more for each")
-        if limit is not None and limit != max(counts):
-            wanted = f"{max(counts)} (at capacity) or None (grows)"
-            raise ValueError(f"limit={limit} for {counts} kept entries by KV head: valid: {wanted}")
-        if limit is not None and not codec.overwrites:
-            raise ValueError(f"limit={limit} with {type(codec).__name__}, which cannot overwrite: valid: None (grows)")
-        older = [count - codec.exact(count) for count in counts]
-        newest = [count - old for count, old in zip(counts, older, strict=True)]
-
-        def rows(of: Tensor, chosen: Sequence[Tensor]) -> Tensor:
-            return torch.cat([of[head, positions] for head, positions in enumerate(chosen)])
-
-        first = [positions[:old] for positions, old in zip(kept, older, strict=True)]
-        rest = [positions[old:] for positions, old in zip(kept, older, strict=True)]
-        start = [0] * len(counts)
-        parts = [
-            Part(codec.keys(rows(keys, first), older, start), codec.values(rows(values, first), older, start)),
-            Part(Rows({"rows": rows(keys, rest)}, newest, older), Rows({"rows": rows(values, rest)}, newest, older)),
-        ]
+        check_rows(counts, limit, codec)
         positions = torch.stack([F.pad(p.to(torch.int32), (0, max(counts) - len(p)), value=-1) for p in kept])
-        empty = (new_tail(keys, 1), new_tail(values, 1))
-        return cls(parts, empty, positions[None], limit, codec)
+        tail = keys[None, :, :0].clone(), values[None, :, :0].clone()
+        return cls(cut(keys, values, kept, codec), tail, positions[None], limit, codec)
 
     @staticmethod
     def stack(caches: Sequence[LayerCache]) -> RaggedCache:
-        """Several lanes in one cache, right after the cut: all growing or all at capacity, of one kind of codec.
-
-        Slots are those of the longest row; a policy's state is padded to them as for a `LayerCache`.
-        """
+        """Several lanes right after the cut that go together (`goes_with`). Slots are those of the longest row."""
         ragged = [cache for cache in caches if isinstance(cache, RaggedCache) and not cache.tail + cache.sealed]
         first = ragged[0] if ragged else None
-        if first is None or len(ragged) < len(caches) or len({cache.limit is None for cache in ragged}) > 1:
+        if first is None or len(ragged) < len(caches) or len({cache.goes_with() for cache in ragged}) > 1:
             raise ValueError("RaggedCache.stack: valid: ragged caches right after the cut, all growing or none")
+        room = first.limit is not None and not first.full
+        if room:
+            ragged = [cache._reserved() for cache in ragged]
         if len(ragged) == 1:
-            return first
+            return ragged[0]
         slots = max(cache.slots for cache in ragged)
         return RaggedCache(
-            [Part.join(same) for same in zip(*(cache.parts for cache in ragged), strict=True)],
+            join(cache.parts for cache in ragged),
             (torch.cat([cache.keys for cache in ragged]), torch.cat([cache.values for cache in ragged])),
             torch.cat([pad_slots(cache.positions, slots, dim=2, value=-1) for cache in ragged]),
             None if first.limit is None else slots,
             first.codec,
+            [used for cache in ragged for used in cache.used] if room else [],
         )
+
+    def _reserved(self) -> RaggedCache:
+        """One lane with rows for as many entries as it may hold; positions of -1 say that they are empty."""
+        assert self.limit is not None
+        parts = reserve(self.parts, self.positions.shape[1], self.longest, self.limit - self.longest)
+        positions = pad_slots(self.positions, self.limit, dim=2, value=-1)
+        return RaggedCache(parts, (self.keys, self.values), positions, self.limit, self.codec, self.used)
 
     @property
     def slots(self) -> int:
@@ -132,10 +130,11 @@ class RaggedCache(LayerCache):
         return super().nbytes + sum(rows.nbytes for part in self.parts for rows in part)
 
     def most_bytes(self, lane: int) -> int:
-        return max(self.peaks[lane], self._lane_bytes(lane))
+        reserved = 0 if self.limit is None else self.slots - self.most_used[lane]
+        return max(self.footprint.peaks[lane], self._lane_bytes(lane) - reserved * self.entry_bytes)
 
     def byte_steps(self, lane: int) -> int:
-        return self.summed[lane] + self.steps * self._frozen_bytes(lane) + self.tail_steps * self.entry_bytes
+        return self.footprint.total(lane, self._frozen_bytes(lane), self.entry_bytes)
 
     def _lane_bytes(self, lane: int) -> int:
         return self._frozen_bytes(lane) + self.tail * self.entry_bytes
@@ -153,18 +152,21 @@ class RaggedCache(LayerCache):
 
     @property
     def full(self) -> bool:
-        return self.limit is not None
+        return self.limit is not None and min(self.used) >= self.limit
 
     def held(self, lane: int) -> list[int]:
-        return [count + self.sealed + self.tail for count in self.counts[lane]]
+        return [min(count, self.used[lane]) + self.sealed + self.tail for count in self.counts[lane]]
 
     def by_head(self, lane: int, of_slots: Tensor) -> list[Tensor]:
         there = (self.positions[lane] >= 0).cpu()
         return [of_head[held] for of_head, held in zip(of_slots.cpu(), there, strict=True)]
 
     def goes_with(self) -> Hashable:
-        """Sizes do not matter: nothing is padded."""
-        return "ragged", type(self.codec), self.limit is None
+        """Sizes do not matter: nothing is padded. Where there is room, how much there will be does."""
+        return "ragged", type(self.codec), self.limit is None or (None if self.full else self.limit)
+
+    def shaped(self, shape: tuple[int, int, int]) -> bool:
+        return self.positions.shape == shape
 
     def lacking(self) -> Tensor | None:
         return None if self.limit is None or self.mask is None else self.positions < 0
@@ -192,7 +194,7 @@ class RaggedCache(LayerCache):
 
     def _mask(self) -> Tensor | None:
         """0 where there is a token and -inf where not, `(lanes, kv_heads, 1, slots + 1)`; None: nothing is missing."""
-        if self.limit is not None and all(count == self.slots for counts in self.counts for count in counts):
+        if self.full and all(count == self.slots for counts in self.counts for count in counts):
             return None
         mask = precise(torch.zeros_like(self.positions, dtype=self.keys.dtype))
         return F.pad(mask.masked_fill_(self.positions < 0, -torch.inf), (0, 1))[:, :, None]
@@ -240,26 +242,24 @@ class RaggedCache(LayerCache):
     def _seal(self) -> None:
         """Encode the full tail, and what the codec had left of the prompt; slots stay what they are."""
         lanes = range(len(self.used))
-        self.peaks, self.summed = [self.most_bytes(i) for i in lanes], [self.byte_steps(i) for i in lanes]
-        self.steps = self.tail_steps = 0
+        frozen, peaks = [self._frozen_bytes(i) for i in lanes], [self.most_bytes(i) for i in lanes]
+        self.footprint.seal(frozen, peaks, self.entry_bytes)
         counts = [self.tail] * (len(self.used) * self.positions.shape[1])
         starts = [self.longest] * len(counts)
         new = [tensor.flatten(0, 2) for tensor in (self.keys, self.values)]
         block = Part(self.codec.keys(new[0], counts, starts), self.codec.values(new[1], counts, starts))
-        if self.sealed:
-            last = self.parts[-1]
-            last.keys, last.values = last.keys.extended(block.keys), last.values.extended(block.values)
-        else:
-            first, rest = self.parts
-            keys = self.codec.keys(rest.keys.planes["rows"], rest.keys.counts, rest.keys.starts)
-            values = self.codec.values(rest.values.planes["rows"], rest.values.counts, rest.values.starts)
-            self.parts = [Part(first.keys.extended(keys), first.values.extended(values)), block]
+        first, last = self.parts
+        self.parts = (
+            [first, extended(last, block)] if self.sealed else [extended(first, coded(last, self.codec)), block]
+        )
         self.sealed, self.tail = self.sealed + self.tail, 0
 
     def place(self, victims: Tensor | None, room: int | None = None) -> Tensor:
-        """The slot for the incoming token, `(lanes, kv_heads)`: the tail's next one, or the victim's at capacity."""
+        """The slot for the incoming token, `(lanes, kv_heads)`: the tail's next, a reserved one, or the victim's."""
         if self.limit is None:
             return torch.full_like(self.filled, self._first_of_tail + self.tail)
+        if not self.full:
+            return self.filled if victims is None else torch.where(self.filled < self.slots, self.filled, victims)
         if victims is None or (room is not None and room != self.limit):
             raise ValueError(f"room={room}: a ragged cache is at capacity, {self.limit}, and needs a victim")
         return victims
@@ -281,13 +281,13 @@ class RaggedCache(LayerCache):
             assert self.mask is not None  # only a cache at capacity has none
             self.mask[..., at] = 0
             self.tail += 1
-            self.steps, self.tail_steps = self.steps + 1, self.tail_steps + self.tail
+            self.footprint.step(self.tail)
             self.used = [at + 1] * len(self.used)
             self.most_used, self.filled = list(self.used), self.filled + 1
             return
-        self.steps += 1
+        self.footprint.step(0)
         stored = slot < self.slots if may_refuse else None
-        slot = torch.minimum(slot, self.filled - 1)
+        slot = torch.minimum(slot, self.last)
         for part in self.parts:
             for rows, new in zip(part, (key, value), strict=True):
                 rows.put(slot.flatten(), new.flatten(0, 1), None if stored is None else stored.flatten())
@@ -295,6 +295,13 @@ class RaggedCache(LayerCache):
         if stored is not None:
             where = torch.where(stored, where, self.positions.gather(2, slot[..., None])[..., 0])
         self.positions.scatter_(2, slot[..., None], where.expand_as(slot)[..., None])
+        if not self.full:
+            assert self.mask is not None  # reserved rows are empty
+            self.mask[:, :, 0].scatter_(-1, slot[..., None], 0.0)
+            self.used = [min(used + 1, self.slots) for used in self.used]
+            self.filled = (self.filled + 1).clamp_max(self.slots)
+            self.footprint.without([(self.slots - used) * self.entry_bytes for used in self.used])
+            self.most_used, self.mask = list(self.used), self._mask() if self.full else self.mask
 
     def keep(self, slots: Tensor) -> None:
         """Raises NotImplementedError: frozen rows do not move."""
@@ -306,13 +313,8 @@ class RaggedCache(LayerCache):
         segments = [lane * len(heads) + head for lane in rows for head in heads]
         self.parts = [Part(part.keys.pick(segments), part.values.pick(segments)) for part in self.parts]
         self.keys, self.values, self.positions = self.keys[lanes], self.values[lanes], self.positions[lanes]
-        self.filled = self.filled[lanes]
+        self.filled, self.last = self.filled[lanes], self.last[lanes]
         self.used, self.most_used = [self.used[i] for i in rows], [self.most_used[i] for i in rows]
-        self.counts, self.peaks = [self.counts[i] for i in rows], [self.peaks[i] for i in rows]
-        self.summed = [self.summed[i] for i in rows]
+        self.counts = [self.counts[i] for i in rows]
+        self.footprint.select(rows)
         self.mask = self._mask()
-
-
-def new_tail(like: Tensor, lanes: int) -> Tensor:
-    """A tail without slots for keys or values `(kv_heads, n, head_dim)`."""
-    return like.new_zeros(lanes, like.shape[0], 0, like.shape[-1])

@@ -278,8 +278,3 @@ class Part:
 
     def __iter__(self) -> Iterator[Rows]:
         return iter((self.keys, self.values))
-
-    @staticmethod
-    def join(several: Sequence[Part]) -> Part:
-        """The slots of several lanes, one after the other."""
-        return Part(Rows.join([part.keys for part in several]), Rows.join([part.values for part in several]))

@@ -196,10 +196,14 @@ class Naive:
             self.rows[layer][h].append(row)
         if self.policy.evicts_while_decoding:
             for g in range(self.kv_heads):
-                if len(self.cached[layer][g]) > self.budget:
+                if len(self.cached[layer][g]) > self.room(layer, g):
                     victim = self.drop(layer, g)
                     self.cached[layer][g] = [t for t in self.cached[layer][g] if t.position != victim]
         return out
+
+    def room(self, layer: int, g: int) -> int:
+        """Entries that a KV head may hold."""
+        return self.budget
 
     def rotated(self, vector: Tensor, shift: int) -> Tensor:
         """Rotary embedding by hand: dimensions (c, c + d/2) are a complex number, turned by shift * theta_c."""

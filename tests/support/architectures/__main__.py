@@ -39,9 +39,9 @@ What the harness does with {{count}} architectures of transformers, tried with t
 A window, a chunk or a table of positions bounds the length of a text, not the model: such a model is served as far as
 `model.max_prompt_tokens` and `max_new_tokens` stay within it.
 
-`make test-oldest` and `make test-newest` run the tests of engine, policies, cache and models on both ends of the range of
-versions that is allowed. Last: transformers 5.2.0, 985 passed and 32 skipped (models that it has not, or builds otherwise);
-5.24.0, 1,017 passed (November 2026, CPU, torch 2.13.0).
+`make test-oldest` and `make test-newest` run the tests of engine, policies, cache and models on both ends of the range
+of versions that is allowed. Last: transformers 5.2.0, 985 passed and 32 skipped (models that it has not, or builds
+otherwise); 5.24.0, 1,017 passed (November 2026, CPU, torch 2.13.0).
 
 | architecture | full | eviction | in-cache positions | bfloat16 |
 |---|---|---|---|---|
