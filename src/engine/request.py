@@ -178,7 +178,8 @@ class Generation:
             Fault: the policy cannot say what the record needs.
         """
         caches, lane = batch.locate(row)
-        self.kept_end = [cache.positions[lane, :, : cache.used[lane]].to("cpu", copy=True) for cache in caches]
+        ends = [cache.positions[lane, :, : cache.used[lane]].to("cpu", copy=True) for cache in caches]
+        self.kept_end = [end[:, (end >= 0).any(dim=0)] for end in ends]  # not the slots of a longer neighbour
         self.kv_bytes_peak = max(self.kv_bytes, sum(cache.most_bytes(lane) for cache in caches))
         self.picks = [
             count[:, : cache.used[lane]].to("cpu", copy=True)
