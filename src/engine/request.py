@@ -132,6 +132,8 @@ class Generation:
         kv_bytes_peak: the most entries held times the bytes of an entry.
         kv_bytes_full: what everything read up to the cut would take (with `prompt_scope=context`, the context).
         bookkeeping_bytes: positions and the policy's own state.
+        prefill_seconds: the prompt's pass, which all lanes of the prompt share, and the passes over what its own policy
+            wanted read before (`Policy.sequel`; these read the prompt once more), but for a foreseen answer's.
         decode_seconds: the lane's share of the batch's time (step time / lanes in the step, summed).
         decode_steps: tokens read one by one, those of the question with `prompt_scope=context` included.
         lanes: lanes in the batch at its start.
