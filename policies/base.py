@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -23,14 +23,12 @@ from src.kv.cache import LayerCache
 from src.kv.checks import check
 from src.kv.contract import check_recent, check_scores
 from src.kv.position import log_slope, octave_means
+from src.kv.sequel import Sequel
 from src.kv.state import ModelShape, State
 
 if TYPE_CHECKING:
     from src.kv.prompt import PromptAttention
     from src.kv.step import DecodeStep
-
-
-Foresight = Literal["generated", "reference"]  # which answer: the full cache's own, or the task's first reference
 
 
 @dataclass(frozen=True)
@@ -93,10 +91,9 @@ class Policy(ABC):
             )
 
     @property
-    def foresees(self) -> Foresight | None:
-        """The answer whose attention to the prompt (`PromptAttention.answer_attention`) the policy must know.
-
-        Then a run with the full cache comes first. None, as for every policy that could be deployed.
+    def sequel(self) -> Sequel | None:
+        """What is to be read after the prompt, with the full cache, before it is cut; the policy finds what it showed
+        in `PromptAttention.seen`. None: nothing, as for most.
         """
         return None
 

@@ -7,10 +7,34 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
-from policies.base import Foresight, RankedPolicy
+from policies.base import RankedPolicy
+from src.kv.sequel import Answer, Sequel
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from src.kv.prompt import PromptAttention
+
+
+@dataclass(frozen=True)
+class ComingAnswer(Sequel):
+    """What comes after the prompt, read once with the full cache: the attention that each prompt token gets from it."""
+
+    kind: Answer
+
+    @property
+    def answer(self) -> Answer:
+        return self.kind
+
+    def texts(self, prompt: Sequence[int], rest: Sequence[int]) -> list[Sequence[int]]:
+        return [rest]
+
+    def see(self, read: PromptAttention, n: int, text: int) -> Tensor:
+        """Summed over the rows after the prompt, `(kv_heads, group, n)`.
+
+        An answer of one token has no row of its own; then it is the row that predicted it.
+        """
+        return read.column_sums(first_row=min(n, read.length - 1))[..., :n]
 
 
 @dataclass(frozen=True)
@@ -39,11 +63,11 @@ class Oracle(RankedPolicy):
     weigh_values: bool = False
 
     @property
-    def foresees(self) -> Foresight | None:
-        return self.answer
+    def sequel(self) -> Sequel:
+        return ComingAnswer(self.answer)
 
     def rank_prompt(self, prompt: PromptAttention, budget: int) -> Tensor:
-        received = prompt.answer_attention(self.answer)
+        received = prompt.seen(ComingAnswer(self.answer))
         score = received.mean(dim=1) if self.group == "mean" else received.amax(dim=1)
         if self.weigh_values:
             score = score * prompt.value_norms("l2")

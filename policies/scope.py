@@ -73,7 +73,7 @@ class Scope(Policy):
         super().__post_init__()
         if not isinstance(self.prompt, Policy) and self.prompt not in PROMPT_POLICIES:
             raise ValueError(f"prompt={self.prompt}: valid: {', '.join(PROMPT_POLICIES)}, or a policy's config")
-        if isinstance(self.prompt, Policy) and self.prompt.foresees:
+        if isinstance(self.prompt, Policy) and self.prompt.sequel:
             raise ValueError(f"prompt={type(self.prompt).__name__}: looks ahead; valid: a policy that does not")
         if self.decode_local > 1 and self.decode_local != int(self.decode_local):
             raise ValueError(f"decode_local={self.decode_local}: valid: a share below 1, or a whole number of tokens")

@@ -34,6 +34,8 @@ def shape_of(model: LoadedModel) -> ModelShape:
         dtype=model.dtype,
         device=model.device,
         weights=digest(model.model),
+        encode=model.encode,
+        turn=model.turn_ids,
     )
 
 

@@ -21,6 +21,7 @@ from policies.base import Policy
 from policies.parts import Part
 from src.errors import InputError
 from src.kv.faults import RAISED, said
+from src.kv.sequel import Sequel
 
 TARGET = "_target_"
 DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
@@ -147,5 +148,6 @@ def check_declared(policy: Policy) -> None:
         least = getattr(policy, name)()
         if type(least) is not int or least < 0:
             raise ValueError(f"{name}() gives {least!r}; valid: a whole number, 0 or more")
-    if policy.foresees not in (None, "generated", "reference"):
-        raise ValueError(f"foresees={policy.foresees!r} in its class; valid: None, generated, reference")
+    if not isinstance(policy.sequel, Sequel | None):
+        raise ValueError(f"sequel={policy.sequel!r} in its class; valid: None, a src.kv.sequel.Sequel")
+    hash(policy.sequel)  # equal ones are read once

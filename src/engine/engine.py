@@ -17,13 +17,13 @@ from policies.full import Full
 from src.engine import attention
 from src.engine.decode import Lane, choose, failed
 from src.engine.fidelity import FULL_CACHE, fidelity_lanes
-from src.engine.foresight import foresee
 from src.engine.layer_kinds import TextLengths, check_kinds
 from src.engine.memory import MemoryMeter
 from src.engine.prefill import Cell, Fork, Prefill
 from src.engine.probes import Probe
 from src.engine.request import Generation, Job, Request, Variant
 from src.engine.rotary import Rotary
+from src.engine.sequels import Seen, SequelReader
 from src.engine.wave import Wave, refuse_nan
 from src.errors import InputError
 from src.kv.faults import Fault, ask, is_out_of_memory
@@ -146,7 +146,7 @@ class Engine:
             raise InputError(f"sample {request.name}: the prompt is empty; valid: at least one token")
         if reason := self.refusal(request):
             raise InputError(f"sample {request.name}: {reason}")
-        prefill = self._forks(job)
+        prefill, seen = self._forks(job)
         started = time.perf_counter()
         logits, token = self._read_prompt(request, prefill)
         seconds = time.perf_counter() - started
@@ -155,13 +155,17 @@ class Engine:
             refuse_nan(request, caches, 0, "the prompt")
         lanes = []
         for variant, fork in zip(job.variants, prefill.forks, strict=False):  # the last may be there to compare with
-            lanes.append(self._lane(Generation(request, variant, prefill_seconds=seconds), fork, token))
+            took = seconds + seen.cost(variant.policy)
+            lanes.append(self._lane(Generation(request, variant, prefill_seconds=took), fork, token))
         if request.reference:
             lanes += fidelity_lanes(lanes, prefill.forks, logits, request.ids[scope:])
         return lanes
 
-    def _forks(self, job: Job) -> Prefill:
-        """A fork for every variant, and for the full cache where fidelity needs it and nobody asked for it."""
+    def _forks(self, job: Job) -> tuple[Prefill, Seen]:
+        """A fork for every variant, and for the full cache where fidelity needs it and nobody asked for it.
+
+        What policies want to have read after the prompt has been read by then.
+        """
         request, scope = job.request, job.request.first
         horizon = len(request.ids) - scope + request.max_new_tokens
         cells: list[Cell] = []
@@ -174,10 +178,12 @@ class Engine:
                 unusable[i] = str(fault)
         if request.reference and not any(cell.full for cell in cells):
             cells.append(Cell(Full(), scope))
-        prefill = Prefill(cells, self.layers, scope, foresee(job, scope, self.model, self._full_answer))
+        seen = SequelReader(self.model, self.memory, self._full_answer, self.lengths.refusal).read(job)
+        unusable |= {i: why for i, variant in enumerate(job.variants) if (why := seen.fault(variant.policy))}
+        prefill = Prefill(cells, self.layers, scope, seen.layers)
         for i, why in unusable.items():
             prefill.forks[i].fail(why)
-        return prefill
+        return prefill, seen
 
     def _read_prompt(self, request: Request, prefill: Prefill) -> tuple[Tensor, int]:
         """Logits `(1, vocabulary)` after the prompt's last token, and the first new token; -1: they are no numbers."""

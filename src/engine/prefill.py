@@ -18,6 +18,7 @@ from src.kv.cache import LayerCache
 from src.kv.contract import Doubt, check_cache, check_kept, check_limit, check_measures, check_start
 from src.kv.faults import Answer, Fault, ask, describe
 from src.kv.prompt import PromptAttention
+from src.kv.sequel import Sequel
 from src.kv.state import State
 
 
@@ -210,21 +211,21 @@ class Prefill:
     """A prompt's forward pass: full causal attention, and every cell's cut of a layer as soon as its keys are there.
 
     Args:
-        foreseen: per layer, for policies that look ahead: see `src.engine.foresight`.
+        seen: per layer, for policies that had something read before: see `src.engine.sequels`.
     """
 
     def __init__(
-        self, cells: Sequence[Cell], layers: int, length: int, foreseen: Sequence[Mapping[str, Tensor]] = ()
+        self, cells: Sequence[Cell], layers: int, length: int, seen: Sequence[Mapping[Sequel, Tensor]] = ()
     ) -> None:
         self.forks = [Fork(cell, length) for cell in cells]
-        self.layers, self.longest, self.foreseen = layers, length, foreseen
+        self.layers, self.longest, self.seen = layers, length, seen
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, attention: Attention
     ) -> Tensor:
         """All prompt tokens at once: `(1, heads, n, head_dim)` in, `(1, n, heads, head_dim)` out."""
-        foreseen = self.foreseen[layer] if self.foreseen else None
-        prompt = PromptAttention(query[0], key[0], value[0], scaling, layer, self.layers, foreseen)
+        seen = self.seen[layer] if self.seen else None
+        prompt = PromptAttention(query[0], key[0], value[0], scaling, layer, self.layers, seen)
         for fork in self.forks:
             fork.add_layer(prompt)
         return attention(query, key, value)

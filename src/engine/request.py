@@ -134,6 +134,8 @@ class Generation:
         kv_bytes_cutting: the most that keys and values took while layers could still shrink; 0 without such a plan.
         kv_bytes_full: what everything read up to the cut would take (with `prompt_scope=context`, the context).
         bookkeeping_bytes: positions and the policy's own state.
+        prefill_seconds: the prompt's pass, which all lanes of the prompt share, and the passes over what its own policy
+            wanted read before (`Policy.sequel`; these read the prompt once more), but for a foreseen answer's.
         decode_seconds: the lane's share of the batch's time (step time / lanes in the step, summed).
         decode_steps: tokens read one by one, those of the question with `prompt_scope=context` included.
         lanes: lanes in the batch at its start.
@@ -183,7 +185,8 @@ class Generation:
             Fault: the policy cannot say what the record needs.
         """
         caches, lane = batch.locate(row)
-        self.kept_end = [cache.positions[lane, :, : cache.used[lane]].to("cpu", copy=True) for cache in caches]
+        ends = [cache.positions[lane, :, : cache.used[lane]].to("cpu", copy=True) for cache in caches]
+        self.kept_end = [end[:, (end >= 0).any(dim=0)] for end in ends]  # not the slots of a longer neighbour
         self.kv_bytes_peak = max(self.kv_bytes, sum(cache.most_bytes(lane) for cache in caches))
         self.kv_byte_steps = sum(cache.byte_steps(lane) for cache in caches)
         self.picks = [

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,13 +20,14 @@ class PromptAttention:
     """One layer's queries, keys and values over the prompt, and attention statistics of them.
 
     Args:
-        queries: after the rotary embedding, `(heads, n, head_dim)`.
+        queries: after the rotary embedding, `(heads, n, head_dim)`; of a text that was read after other tokens, the
+            last ones only.
         keys: after the rotary embedding, `(kv_heads, n, head_dim)`.
         values: `(kv_heads, n, head_dim)`.
         scaling: what the model multiplies `q @ k` by, usually `head_dim ** -0.5`.
         layer: index of the layer, from 0.
         layers: how many layers the model has.
-        foreseen: for policies that look ahead, the attention of the coming answer (`answer_attention`).
+        seen: for policies that had something read after the prompt, what it showed (`seen`).
 
     Everything here is exact and causal, and no tensor of `n x n` elements is ever made.
     """
@@ -38,11 +40,11 @@ class PromptAttention:
         scaling: float,
         layer: int,
         layers: int,
-        foreseen: Mapping[str, Tensor] | None = None,
+        seen: Mapping[Any, Tensor] | None = None,
     ) -> None:
         self.queries, self.keys, self.values = queries, keys, values
         self.scaling, self.layer, self.layers = scaling, layer, layers
-        self._foreseen = foreseen or {}
+        self._seen = seen or {}
         self._memo: dict[object, Tensor] = {}
         self.doubts: list[Doubt] = []  # what a policy wants to have looked at once its numbers can be read
 
@@ -101,20 +103,29 @@ class PromptAttention:
         """Norm of every value vector, `(kv_heads, n)`, float32. `kind`: l2_squared, l2 or l1."""
         return self.once(("norm", kind), lambda: vector_norm(self.values, kind))
 
-    def answer_attention(self, kind: str) -> Tensor:
-        """Attention that every prompt token will receive from the coming answer, `(kv_heads, group, n)`, summed.
+    def column_max(self) -> Tensor:
+        """The most attention that every token received from any query, `(kv_heads, group, n)`, float32.
 
-        Found by a run with the full cache, and only for the `kind` that a policy's `foresees` names.
+        In blocks of rows, as `column_sums`.
         """
-        return self._foreseen[kind]
+        return self.once("largest", self._column_max)
+
+    def seen(self, sequel: object) -> Tensor:
+        """What this layer showed when a policy's `sequel` was read after the whole prompt (`Sequel.join`)."""
+        return self._seen[sequel]
+
+    @property
+    def first_query(self) -> int:
+        """The token that the first query is of: 0, unless other tokens were read before."""
+        return self.length - self.queries.shape[1]
 
     @cached_property
     def _scaled_queries(self) -> Tensor:
-        return (self.queries * self.scaling).view(self.kv_heads, self.group, self.length, -1)
+        return (self.queries * self.scaling).view(self.kv_heads, self.group, self.queries.shape[1], -1)
 
     def _logits(self, start: int, stop: int, row_gain: Tensor | None = None) -> Tensor:
         """Logits of query rows `start..stop`, `(kv_heads, group * rows, stop)`, -inf above the diagonal."""
-        rows = self._scaled_queries[:, :, start:stop]
+        rows = self._scaled_queries[:, :, start - self.first_query : stop - self.first_query]
         if row_gain is not None:
             rows = rows * row_gain[..., start:stop, None].to(rows.dtype)
         logits = rows.reshape(self.kv_heads, -1, rows.shape[-1]) @ self.keys[:, :stop].transpose(1, 2)
@@ -124,14 +135,27 @@ class PromptAttention:
         return logits
 
     def _column_sums(self, row_gain: Tensor | None, first_row: int) -> Tensor:
+        sums = precise(self.keys.new_zeros(self.kv_heads, self.group, self.length))
+        for weights in self._row_blocks(first_row, row_gain):
+            sums[..., : weights.shape[-1]] += weights.sum(dim=2)
+        return sums
+
+    def _column_max(self) -> Tensor:
+        largest = precise(self.keys.new_zeros(self.kv_heads, self.group, self.length))
+        for weights in self._row_blocks(self.first_query):
+            columns = largest[..., : weights.shape[-1]]
+            torch.maximum(columns, weights.amax(dim=2), out=columns)
+        return largest
+
+    def _row_blocks(self, first_row: int, row_gain: Tensor | None = None) -> Iterator[Tensor]:
+        """Attention of the rows from `first_row` on, a block at a time: `(kv_heads, group, rows, columns so far)`."""
         n, heads = self.length, self.queries.shape[0]
-        sums = precise(self.keys.new_zeros(self.kv_heads, self.group, n))
+        dtype = torch.float64 if self.keys.dtype == torch.float64 else torch.float32
         block = max(16, BLOCK_ELEMENTS.get(self.keys.device.type, BLOCK_ELEMENTS["cpu"]) // (heads * n))
         for start in range(first_row, n, block):
             stop = min(start + block, n)
-            weights = self._logits(start, stop, row_gain).softmax(dim=-1, dtype=sums.dtype)
-            sums[..., :stop] += weights.view(self.kv_heads, self.group, stop - start, stop).sum(dim=2)
-        return sums
+            weights = self._logits(start, stop, row_gain).softmax(dim=-1, dtype=dtype)
+            yield weights.view(self.kv_heads, self.group, stop - start, stop)
 
 
 def vector_norm(values: Tensor, kind: str) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -32,7 +32,13 @@ def settle(state: State, slot: Tensor) -> None:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a policy may know about the model (`Policy.bind`). `weights`: a digest that tells checkpoints apart."""
+    """What a policy may know about the model (`Policy.bind`).
+
+    Attributes:
+        weights: a digest that tells checkpoints apart.
+        encode: text -> its token ids, without special tokens; None: no tokenizer is known.
+        turn: the token ids that stand between a user's message and the answer in the model's chat form.
+    """
 
     name: str
     layers: int
@@ -41,6 +47,8 @@ class ModelShape:
     dtype: torch.dtype
     device: torch.device
     weights: str = ""
+    encode: Callable[[str], list[int]] | None = field(default=None, compare=False, repr=False)
+    turn: Callable[[], list[int]] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from evals.errors import DataError
-from evals.prompts import wrap_in_chat
+from evals.prompts import PLACEHOLDER, render, wrap_in_chat
 from evals.templates import DATE, ChatTemplate, read_template, template_settings
 from evals.thoughts import mentions_thoughts
 from src.errors import InputError
@@ -58,6 +58,11 @@ def chat_form(tokenizer: Tokenizer, model: ModelSettings, name: str) -> ChatForm
     if note and (thinking == "keep" or not set(template.off_switch) & set(kwargs)):
         settings["thinking"] = thinking  # else the switch among the template's settings tells
     return ChatForm(kwargs, thinking, date, note, settings)
+
+
+def after_message(tokenizer: Tokenizer, form: ChatForm) -> str:
+    """What stands between a user's message and the answer."""
+    return render(PLACEHOLDER, tokenizer, form.kwargs, form.thinking, form.date).rpartition(PLACEHOLDER)[2]
 
 
 def thinking_note(template: ChatTemplate, kwargs: Mapping[str, Any], thinking: str) -> str:

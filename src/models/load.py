@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from src.engine.layer_kinds import TextLengths, check_kinds, check_lengths, text_limits
 from src.errors import InputError
 from src.files import cache_folder
-from src.models.chat import ChatForm, chat_form
+from src.models.chat import ChatForm, after_message, chat_form
 from src.models.device import choose_device, choose_dtype
 from src.models.embedded import package_file, unpacked
 from src.models.fingerprint import ModelFiles, digest_of
@@ -55,6 +55,16 @@ class LoadedModel:
     def newline_ids(self) -> frozenset[int]:
         """The token that ends an answer of one line, as LongBench finds it: the last one of "\\n" encoded."""
         return frozenset(self.tokenizer.encode("\n", add_special_tokens=False)[-1:])
+
+    def encode(self, text: str) -> list[int]:
+        """A text's ids as the model can read them, without special tokens."""
+        return self.fit_ids(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def turn_ids(self) -> list[int]:
+        """What the chat form puts between a user's message and the answer; a line break where there is none."""
+        if not (self.chat and self.tokenizer.chat_template):
+            return self.encode("\n")
+        return self.encode(after_message(self.tokenizer, self.form))
 
     def fit_ids(self, ids: Sequence[int]) -> list[int]:
         """The ids modulo the vocabulary: the same ids for every real model.

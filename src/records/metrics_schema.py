@@ -54,7 +54,13 @@ class Memory(TypedDict, total=False):
 class Speed(TypedDict, total=False):
     """`speed`: of a shared batch; a single policy's is what `src.bench` says."""
 
-    prefill_seconds: Annotated[float | None, About("the one pass over the prompt", "seconds per sample")]
+    prefill_seconds: Annotated[
+        float | None,
+        About(
+            "the one pass over the prompt, and a policy's own before it, but for a foreseen answer's",
+            "seconds per sample",
+        ),
+    ]
     decode_tokens_per_second: Annotated[float | None, About("decoding steps / decoding seconds", "tokens per second")]
     lanes: Annotated[float | None, About("lanes that a sample shared its steps with", "lanes per sample")]
 

@@ -84,7 +84,12 @@ class Record:
     kv_bytes_full: Annotated[float | None, About("what the full cache takes at the cut", "bytes", AMOUNT)] = None
     bookkeeping_bytes: Annotated[float | None, About("positions and the policy's own state", "bytes", AMOUNT)] = None
     seconds: Annotated[float | None, About("prefill and decode together", "seconds", AMOUNT)] = None
-    prefill_seconds: Annotated[float | None, About("the one pass over the prompt", "seconds", AMOUNT)] = None
+    prefill_seconds: Annotated[
+        float | None,
+        About(
+            "the one pass over the prompt, and a policy's own before it, but for a foreseen answer's", "seconds", AMOUNT
+        ),
+    ] = None
     decode_seconds: Annotated[
         float | None, About("the sample's share of its batch's steps (step time / lanes, summed)", "seconds", AMOUNT)
     ] = None

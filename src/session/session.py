@@ -74,7 +74,8 @@ class Session:
                 "valid: false, or move the old results away"
             )
         for cell in cells:
-            if cell.variant.policy.foresees == "reference" and not cfg.fidelity:
+            sequel = cell.variant.policy.sequel
+            if sequel and sequel.answer == "reference" and not cfg.fidelity:
                 raise InputError(f"policy={cell.shown}: looks at the reference answer; valid with fidelity=true only")
         self.samples = self._samples()
         tracking = Tracking(**asdict(cfg.wandb))

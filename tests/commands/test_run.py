@@ -22,6 +22,7 @@ from tests.support.cli import ROOT, call, folders, lines, metrics, predictions, 
 FIELDS = {
     *("task", "id", "prompt_hash", "prompt_tokens", "new_tokens", "prediction", "answers", "all_classes", "length"),
     *("score", "extra_scores", "kept", "kv_bytes", "kv_bytes_peak", "bookkeeping_bytes", "kv_bytes_full", "seconds"),
+    "kv_byte_steps",
     *(
         "prefill_seconds",
         "decode_seconds",
@@ -62,6 +63,7 @@ def test_predictions_and_metrics(base: list[str]) -> None:
         assert record["error"] is None and record["fidelity"] is None and record["truncated"] is True
         assert 190 <= record["prompt_tokens"] <= 240 and record["kept"] == {"prompt": 40, "end": 40}
         assert record["kv_bytes"] == record["kv_bytes_peak"] == 40 * entry
+        assert record["kv_byte_steps"] == 40 * entry * record["decode_steps"]
         assert record["kv_bytes_full"] == record["prompt_tokens"] * entry and record["bookkeeping_bytes"] > 0
         assert 1 <= record["new_tokens"] <= 8 and record["finish"] in ("length", "stop")
         assert record["new_tokens"] == 8 or record["finish"] == "stop"

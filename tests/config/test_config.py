@@ -20,7 +20,7 @@ CONF = composed.CONF
 NAMES = {
     group: sorted(p.stem for p in (CONF / group).glob("*.yaml") if p.stem[0] != "_") for group in ("policy", "model")
 }
-FOUND_OUT = {"loaded", "decode", "horizon"}  # fields that no user sets: the model and the prompt do
+FOUND_OUT = {"loaded", "words", "decode", "horizon"}  # fields that no user sets: the model and the prompt do
 UNEXPLAINED = {"name", "_target_", "defaults"}  # what a file is; its headline says so
 
 

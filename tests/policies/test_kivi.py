@@ -197,7 +197,7 @@ def test_tokens_are_coded_once_the_residual_is_full(bits: int) -> None:
     key_ranges = (groups + len(lanes) * KV_HEADS * late // GROUP) * DIM * 4
     value_ranges = (rows + len(lanes) * KV_HEADS * late) * DIM // GROUP * 4
     assert cache.nbytes == in_codes + key_ranges + value_ranges + tail
-    assert cache.most_bytes(0) >= cache.peaks[0] > 0
+    assert cache.most_bytes(0) >= cache.footprint.peaks[0] > 0
 
 
 def test_the_peak_is_just_before_tokens_are_coded() -> None:
