@@ -97,6 +97,11 @@ class Policy(ABC):
         """
         return None
 
+    def reconstructed(self) -> str:
+        """`reconstruction` of the policy and of its parts; empty if none is one."""
+        said = (part.reconstruction for part in (self, self.allocate, self.store) if part is not None)
+        return "; ".join(filter(None, said))
+
     def least_budget(self) -> int:
         """The smallest budget (tokens per layer and KV head) with which the policy makes sense."""
         return 1

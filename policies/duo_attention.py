@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -52,6 +52,10 @@ class RetrievalHeads(Allocator):
     recent: int = 60
     window: int = 32
     pattern: Pattern | None = None
+    reconstruction: ClassVar[str] = (
+        "which heads look far is found on each prompt; the authors train a gate for every head, and their patterns are "
+        "not here"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

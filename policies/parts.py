@@ -23,7 +23,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Part:
-    """Settings of a part, each checked against its annotation; ValueError names the setting and what is valid."""
+    """Settings of a part, each checked against its annotation; ValueError names the setting and what is valid.
+
+    Class attributes:
+        reconstruction: as `Policy.reconstruction`.
+    """
+
+    reconstruction: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))

@@ -290,7 +290,7 @@ class Session:
             peaks=peaks,
             asked={(s.task.name, s.id) for s in self.samples},
             plot=False,
-            reconstruction=cell.config.variant.policy.reconstruction,
+            reconstruction=cell.config.variant.policy.reconstructed(),
         )
 
 
