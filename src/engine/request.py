@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from policies.base import Policy
 from src.engine.pool import LaneBatch
@@ -178,7 +179,7 @@ class Generation:
             Fault: the policy cannot say what the record needs.
         """
         caches, lane = batch.locate(row)
-        self.kept_end = [cache.positions[lane, :, : cache.used[lane]].to("cpu", copy=True) for cache in caches]
+        self.kept_end = [pad_sequence(cache.kept(lane), batch_first=True, padding_value=-1) for cache in caches]
         self.kv_bytes_peak = max(self.kv_bytes, sum(cache.most_bytes(lane) for cache in caches))
         self.picks = [
             count[:, : cache.used[lane]].to("cpu", copy=True)
