@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from evals.suites import SUITES, task_names
 from policies.base import Policy
 from src.config import compose as composed
-from src.config.cells import make_cell
+from src.config.cells import PARTS, make_cell
 from src.config.settings import read_settings
 from tests.support.cli import call
 
@@ -54,9 +54,26 @@ def test_policies_compose(name: str) -> None:
     written = {
         k: v for k, v in OmegaConf.to_container(cfg.policy, resolve=True).items() if k not in ("name", "_target_")
     }  # type: ignore[union-attr]
-    assert written == {k: v for k, v in vars(made).items() if k not in FOUND_OUT}
+    parts = {part: written.pop(part, None) for part in PARTS}
+    for part, settings in parts.items():
+        check_part(settings, getattr(made, part))
+    assert written == {k: v for k, v in vars(made).items() if k not in FOUND_OUT and k not in PARTS}
     defaults = vars(type(made)())
-    assert {k for k in written if written[k] != defaults[k]} <= {"strategy"}  # one class, a file for each strategy
+    others = {"window", "positions"} if any(parts.values()) else {"strategy"}  # one class, a file for each strategy
+    assert {k for k in written if written[k] != defaults[k]} <= others
+
+
+def check_part(settings: Any, made: Any) -> None:
+    """As the file says, at the class's defaults; a part may have one of its own (`base`)."""
+    if settings is None:
+        assert made is None
+        return
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            check_part(value, getattr(made, name))
+        elif name not in ("name", "_target_"):
+            assert getattr(made, name) == value == vars(type(made)())[name]
+    assert settings["_target_"] == f"{type(made).__module__}.{type(made).__name__}"
 
 
 @pytest.mark.parametrize("name", NAMES["model"])
@@ -146,3 +163,17 @@ def test_settings_are_plain_json(base: list[str]) -> None:
     written = json.loads((done.folder / "settings.json").read_text())
     assert written["policy"]["window"] == 32 and written["budget"] == 0.25 and written["model"]["dtype"] == "float32"
     assert not {"tasks", "limit", "lanes", "output_root", "wandb"} & set(written)
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [(part, path.stem) for part in PARTS for path in sorted((CONF / "policy" / part).glob("[!_]*.yaml"))],
+)
+def test_parts_compose(part: str, name: str) -> None:
+    """Beside a policy, with every setting of the class in the file; the cell is called after both."""
+    cfg = compose("config", "policy=snapkv", f"policy/{part}={name}")
+    cell = make_cell(cfg.policy, 256)
+    made, settings = getattr(cell.variant.policy, part), OmegaConf.to_container(cfg.policy[part])
+    assert cell.label == f"snapkv+{name}"
+    check_part(settings, made)
+    assert set(vars(made)) == set(settings) - {"name", "_target_"}  # type: ignore[arg-type]
