@@ -19,7 +19,9 @@ from yaml.reader import ReaderError
 
 from src.errors import InputError
 
-GROUPS = "policy|model|tasks|experiment|cluster"  # folders of conf/ that a command chooses from
+GROUPS = (
+    "policy|policy/allocate|policy/store|model|tasks|experiment|cluster"  # folders of conf/ that a command chooses from
+)
 BASIC = "hydra._internal.core_plugins."
 LAUNCHERS = (
     f"{BASIC}basic_launcher.BasicLauncher",
