@@ -86,8 +86,8 @@ def policy_config(spec: str | Mapping[str, Any], seed: int = 0) -> DictConfig:
         raise InputError(f"policy={name}: its configuration has no _target_; valid: _target_: module.Class")
     unknown = sorted(set(options) - set(node) - set(PARTS))
     if unknown:
-        valid = ", ".join(sorted({*map(str, node), *PARTS} - {"name", "_target_"}))
-        raise InputError(f"policies: {name} has no option {unknown[0]!r}; valid: {valid or 'none'}")
+        valid = ", ".join([*sorted(set(map(str, node)) - {"name", "_target_", *PARTS}), *PARTS])
+        raise InputError(f"policies: {name} has no option {unknown[0]!r}; valid: {valid}")
     parts = {part: part_config(name, part, options.pop(part), node.get(part)) for part in PARTS if part in options}
     merged: Any = OmegaConf.merge(node, options)
     OmegaConf.set_struct(merged, False)

@@ -117,7 +117,7 @@ GRIDS: dict[str, list[str]] = {
     "policies=[[h2o]]": ["policies", "name"],
     "policies=[{kernel: 1}]": ["policies", "no name"],
     "policies=[{name: snapkv, kernl: 1}]": ["snapkv", "kernl", "group, kernel, pooling, window"],
-    "policies=[{name: full, window: 1}]": ["full", "window", "none"],
+    "policies=[{name: full, window: 1}]": ["full", "window", "valid: allocate, store"],
     "policies=[{name: snapkv, kernel: 2}]": ["snapkv", "kernel=2", "odd"],
     "policies=[{name: snapkv, pooling: foo}]": ["pooling=foo", "max, avg"],
     "policies=[h2o,full,h2o]": ["h2o", "40", "listed twice"],
