@@ -66,7 +66,7 @@ def test_run_and_sweep(base: list[str], mine: Path, tmp_path: Path) -> None:
         assert len(found) == 3 and predictions(found[folder.name]) == predictions(folder)
 
         wrong = call("sweep", "--config-dir", str(mine / "conf"), *arguments, "policies=[{name: key_norm, windw: 8}]")
-        assert wrong.code == 2 and "windw" in wrong.err and wrong.err.rstrip().endswith("valid: window")
+        assert wrong.code == 2 and "windw" in wrong.err and "valid: window, allocate" in wrong.err
         small = call("run", "--config-dir", str(mine / "conf"), *base, "policy=key_norm", "budget=16")
         assert small.code == 2 and "17 or more" in small.err
         listed = call("run", "--config-dir", str(mine / "conf"), "--help")
