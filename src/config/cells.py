@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -81,7 +81,7 @@ def policy_config(spec: str | Mapping[str, Any], seed: int = 0) -> DictConfig:
     if not isinstance(name, str) or not re.fullmatch(r"[\w./-]+", name):
         problem = "has no name" if name is None else f"has name={name}"
         raise InputError(f"policies: {spec} {problem}; valid: a policy's name or {{name: ..., option: value}}")
-    node = composed("config", [f"policy={name}", f"seed={seed}"]).policy
+    node = composed([f"policy={name}", f"seed={seed}"]).policy
     if not isinstance(node, DictConfig) or "_target_" not in node:
         raise InputError(f"policy={name}: its configuration has no _target_; valid: _target_: module.Class")
     unknown = sorted(set(options) - set(node) - set(PARTS))
@@ -123,14 +123,11 @@ def part_config(policy: str, part: str, given: Any, own: Any) -> Any:
 
 
 def file_of(part: str, name: str) -> Any:
-    """A part as its own file says it."""
-    try:
-        return composed(f"policy/{part}/{name}").policy[part]
-    except MissingConfigException:
-        return composed("config", [f"policy/{part}={name}"])  # which says what is valid
+    """A part as its own file says it: the policy that conf/config.yaml names brings none to mix in."""
+    return composed([f"policy/{part}={name}"]).policy[part]
 
 
-def composed(config: str, overrides: Sequence[str] = ()) -> DictConfig:
+def composed(overrides: Sequence[str]) -> DictConfig:
     """Raises InputError: it cannot be composed."""
     extra: list[str] = []
     if HydraConfig.initialized():  # a folder of the user's own policies
@@ -139,11 +136,7 @@ def composed(config: str, overrides: Sequence[str] = ()) -> DictConfig:
     search = ["hydra.searchpath=[" + ",".join(map(quoted, extra)) + "]"] if extra else []
     try:
         with composing():
-            return compose(config, overrides=[*overrides, *search])
-    except MissingConfigException as error:
-        if config != "config":
-            raise
-        raise InputError(explain(error, "config", [])) from None
+            return compose("config", overrides=[*overrides, *search])
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError, RecursionError) as error:
         raise InputError(explain(error, "config", [])) from None
 
@@ -156,7 +149,7 @@ def chosen_parts(policy: Mapping[str, Any]) -> dict[str, Any]:
     chosen, choices = dict(policy), HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
     for part in PARTS:
         if (name := choices.get(f"policy/{part}")) and isinstance(policy.get(part), Mapping):
-            mine = composed(f"policy/{choices['policy']}").policy.get(part) or {}
+            mine = composed([f"policy={choices['policy']}"]).policy.get(part) or {}
             theirs = file_of(part, str(name))
             stale = {key for key in mine if key not in theirs}
             chosen[part] = {k: v for k, v in policy[part].items() if k not in stale or v != mine[k]}

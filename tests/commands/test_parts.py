@@ -53,7 +53,7 @@ GRIDS: dict[str, list[str]] = {
     "{name: snapkv, allocate: 3}": ["snapkv: allocate=3", "the name of a file of conf/policy/allocate"],
     "{name: snapkv, allocate: [adakv]}": ["allocate=['adakv']", "the name of a file"],
     "{name: snapkv, allocate: a/../adakv}": ["allocate=a/../adakv", "the name of a file"],
-    "{name: snapkv, alocate: adakv}": ["no option 'alocate'", "valid: allocate, ", "store"],
+    "{name: snapkv, alocate: adakv}": ["no option 'alocate'", "pooling, window, allocate, store"],
     "{name: adakv, allocate: {flor: 1}}": ["AdaKV has no option 'flor'", "valid: floor"],
     "{name: full, allocate: adakv}": ["policy=full", "allocate=AdaKV", "valid: null"],
     "{name: snapkv, allocate: {name: adakv, floor: 2}}": ["allocate: floor=2", "from 0 to 1"],
