@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -86,7 +87,8 @@ def policy_config(spec: str | Mapping[str, Any], seed: int = 0) -> DictConfig:
         raise InputError(f"policy={name}: its configuration has no _target_; valid: _target_: module.Class")
     unknown = sorted(set(options) - set(node) - set(PARTS))
     if unknown:
-        valid = ", ".join(sorted({*map(str, node)} - {"name", "_target_", *PARTS}))
+        meant = get_close_matches(str(unknown[0]), PARTS)  # what every policy takes is named to who seems to look for it
+        valid = ", ".join([*sorted({*map(str, node)} - {"name", "_target_", *PARTS}), *(PARTS if meant else ())])
         raise InputError(f"policies: {name} has no option {unknown[0]!r}; valid: {valid or 'none'}")
     parts = {part: part_config(name, part, options.pop(part), node.get(part)) for part in PARTS if part in options}
     merged: Any = OmegaConf.merge(node, options)
