@@ -87,7 +87,7 @@ def policy_config(spec: str | Mapping[str, Any], seed: int = 0) -> DictConfig:
         raise InputError(f"policy={name}: its configuration has no _target_; valid: _target_: module.Class")
     unknown = sorted(set(options) - set(node) - set(PARTS))
     if unknown:
-        meant = get_close_matches(str(unknown[0]), PARTS)  # what every policy takes is named to who seems to look for it
+        meant = get_close_matches(str(unknown[0]), PARTS)  # every policy takes parts; who seems to want one is told
         valid = ", ".join([*sorted({*map(str, node)} - {"name", "_target_", *PARTS}), *(PARTS if meant else ())])
         raise InputError(f"policies: {name} has no option {unknown[0]!r}; valid: {valid or 'none'}")
     parts = {part: part_config(name, part, options.pop(part), node.get(part)) for part in PARTS if part in options}
