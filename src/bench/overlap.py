@@ -119,7 +119,11 @@ METHODS = (
     Method({"name": "streaming_llm", "sinks": 4}, "streaming_llm", {"n_sink": 4}),
     Method({"name": "tova"}, "tova", {}, "the last token always stays there", last),
     Method(
-        {"name": "h2o", "normalise": "rows", "heavy_share": 1.0}, "observed", {}, "the last token always stays here"
+        {"name": "h2o", "normalise": "rows", "heavy_share": 1.0},
+        "observed",
+        {},
+        "the last token always stays here",
+        last,
     ),
     Method({"name": "knorm", "_target_": "src.bench.overlap.KeyNorm"}, "knorm", {}),
     snapkv(window=32, kernel=7),

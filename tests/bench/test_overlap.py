@@ -158,6 +158,8 @@ def test_settings_are_alike_on_both_sides(method: Any) -> None:
         assert (ours.floor, ours.floor_rule, ours.rounding) == (theirs.pop("alpha_safeguard"), "protect", "official")
     if method.press == "streaming_llm":
         assert policy.sinks == theirs.pop("n_sink")
+    if method.press in ("tova", "observed"):
+        assert "last token" in method.by_design and method.touched(100) == {99}
     assert not theirs and (policy.allocate is None or method.press in ("pyramidkv", "adakv"))
 
 
