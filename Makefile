@@ -67,8 +67,8 @@ test-oldest test-newest: test-%:
 	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check kvpress==0.5.5 transformers==5.2.0 accelerate
 	touch $@
 
-bench-peers: setup .venv-peers/.done ## the grid against kvpress cell by cell, in one run
-	$(BIN)/python -m src.bench parts=[peers] repeats=3
+bench-peers: setup .venv-peers/.done ## the grid against kvpress cell by cell, and what each keeps, in one run
+	$(BIN)/python -m src.bench parts=[peers,overlap] repeats=3
 
 # The launchers want an older cloudpickle (and so joblib) than the pinned one: an environment of their own that
 # sees .venv through a .pth file.

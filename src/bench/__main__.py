@@ -7,6 +7,7 @@ Parts (`parts=[prefill,decode,grid,bytes,peak]`, see conf/bench.yaml):
     bytes    cache bytes against the formula
     peak     the peak memory of a sweep without the full cache, at growing budgets
     peers    the grid against kvpress cell by cell (`make bench-peers` builds its environment and runs this)
+    overlap  positions kept here and by kvpress, as shares (likewise)
 Machines are noisy: what is compared runs in turn, and medians over the turns are reported with their number.
 """
 

@@ -6,7 +6,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from evals.visible import visible
 from src.bench.decode import SPARE, decode_rows
+from src.bench.overlap import overlap_rows, prompts
 from src.bench.peers import Peer, compare
 from src.bench.plain import Plain
 from src.config.binding import bind, shape_of
@@ -22,6 +24,7 @@ from src.config.settings import BenchSettings
 from src.engine.engine import Engine
 from src.engine.memory import MemoryMeter, allocated_peak
 from src.engine.request import Generation, Job, Request, Variant
+from src.errors import InputError
 from src.models.load import LoadedModel, load_model
 
 Row = dict[str, Any]
@@ -114,14 +117,25 @@ class Bench:
         new, tokens, prompts = self.cfg.new_tokens, self.cfg.grid_tokens, self.cfg.grid_prompts
         jobs = [Job(self.request(self.prompt(tokens, i), new), [c.variant for c in self.cells]) for i in range(prompts)]
         budgets = [int(b) for b in self.cfg.budgets]
+        with self.peer() as peer:
+            ours = lambda: timed(lambda: self.run(jobs, self.cfg.max_lanes)) / prompts  # noqa: E731
+            return compare(peer, ours, list(jobs[0].request.ids), budgets, new, self.cfg.repeats)
+
+    def overlap(self) -> list[Row]:
+        """Positions that methods keep here and in kvpress, of real prompts."""
+        if self.loaded.dtype != torch.float32:
+            raise InputError(f"model.dtype={str(self.loaded.dtype)[6:]}: kvpress computes in float32; valid: float32")
+        texts = prompts(self.loaded, self.cfg.overlap_tokens, self.cfg.longbench_dir)
+        with self.peer() as peer:
+            return overlap_rows(peer, self.loaded, texts, self.cfg.overlap_budgets, self.cfg.max_lanes)
+
+    @contextmanager
+    def peer(self) -> Iterator[Peer]:
+        """kvpress with this model's weights."""
         with tempfile.TemporaryDirectory() as folder:
             self.model.save_pretrained(folder)
-            peer = Peer(self.cfg.peer_python, folder)
-            try:
-                ours = lambda: timed(lambda: self.run(jobs, self.cfg.max_lanes)) / prompts  # noqa: E731
-                return compare(peer, ours, list(jobs[0].request.ids), budgets, new, self.cfg.repeats)
-            finally:
-                peer.close()
+            with closing(Peer(self.cfg.peer_python, folder)) as peer:
+                yield peer
 
     def bytes(self) -> list[Row]:
         """Cache bytes read off the storages, and what 2 x layers x heads x entries x dimension x size gives."""

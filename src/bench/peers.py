@@ -1,4 +1,5 @@
-"""The grid against kvpress cell by cell, in turn in one run (part `peers` of `src.bench`)."""
+"""kvpress in a process of its own, and the grid against it cell by cell, in turn in one run (part `peers` of
+`src.bench`)."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ class Peer:
     Args:
         interpreter: of the environment that has kvpress.
         model: folder with the weights.
+
+    Attributes:
+        version: kvpress', as it says itself.
     """
 
     def __init__(self, interpreter: str, model: str) -> None:
@@ -35,16 +39,27 @@ class Peer:
         except (OSError, ValueError) as error:  # a folder, no right to run it, no program, no name at all
             reason = getattr(error, "strerror", None) or error
             raise InputError(f"peer_python={interpreter}: cannot be run ({reason}); {remedy}") from None
-        self._answer()
+        self.version = str(self._answer().get("version", ""))
 
     def cell(self, ids: list[int], press: str, budget: int | None, new_tokens: int) -> float:
         """Seconds of one cell."""
+        return float(self._ask(ids=ids, press=press, budget=budget, new_tokens=new_tokens)["seconds"])
+
+    def kept(self, ids: list[int], presses: Sequence[Mapping[str, Any]]) -> list[list[list[list[int]]]]:
+        """Positions that presses keep of a prompt: press -> layer -> KV head -> ascending.
+
+        Args:
+            presses: each with `press` (a name), `settings` of it, `budget` (entries per head, on average).
+        """
+        found: list[list[list[list[int]]]] = self._ask(ids=ids, presses=list(presses))["kept"]
+        return found
+
+    def _ask(self, **request: Any) -> dict[str, Any]:
         assert self.process.stdin is not None
-        request = {"ids": ids, "press": press, "budget": budget, "new_tokens": new_tokens}
         with contextlib.suppress(BrokenPipeError):  # it has ended: the missing answer says so
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
-        return float(self._answer()["seconds"])
+        return self._answer()
 
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None

@@ -21,7 +21,7 @@ from src.models.settings import ModelSettings
 from src.retention.store import MODES as RETENTION
 from src.tracking.wandb import MODES as WANDB
 
-BENCH_PARTS = ("prefill", "decode", "grid", "bytes", "peak", "peers")
+BENCH_PARTS = ("prefill", "decode", "grid", "bytes", "peak", "peers", "overlap")
 PARTS = Rule(
     lambda value: isinstance(value, list) and bool(value) and all(part in BENCH_PARTS for part in value),
     f"a list of {', '.join(BENCH_PARTS)}",
@@ -159,6 +159,9 @@ class BenchSettings:
     max_lanes: Annotated[int, whole(1)]
     repeats: Annotated[int, whole(1)]
     peer_python: str
+    overlap_tokens: Annotated[list[int], LENGTHS]
+    overlap_budgets: Annotated[list[int], LENGTHS]
+    longbench_dir: Annotated[str | None, text("the generated pocket prompts")]
     output_root: Annotated[str, text()]
 
     def __post_init__(self) -> None:
