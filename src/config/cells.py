@@ -26,7 +26,7 @@ from src.kv.checks import shown as as_typed
 if TYPE_CHECKING:
     from src.engine.request import Variant
 
-PARTS = ("allocate", "store")  # folders of conf/policy, whose files go with any policy
+PARTS = ("allocate", "store", "read")  # folders of conf/policy, whose files go with any policy
 LONGEST_NAME = 100  # characters of a policy's name: it is part of file names
 
 
@@ -83,7 +83,7 @@ def policy_config(spec: str | Mapping[str, Any], seed: int = 0) -> DictConfig:
         raise InputError(f"policies: {spec} {problem}; valid: a policy's name or {{name: ..., option: value}}")
     overrides = [f"policy={name}", f"seed={seed}"]
     for part in PARTS:
-        if isinstance(options.get(part), str):  # the name of a file in conf/policy/allocate or store
+        if isinstance(options.get(part), str):  # the name of a file in conf/policy/allocate, store or read
             overrides.append(f"policy/{part}={quoted(options.pop(part))}")
     if HydraConfig.initialized():  # a folder of the user's own policies
         sources = HydraConfig.get().runtime.config_sources

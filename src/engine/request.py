@@ -186,12 +186,13 @@ class Generation:
         """
         caches, lane = batch.locate(row)
         ends = [cache.positions[lane, :, : cache.used[lane]].to("cpu", copy=True) for cache in caches]
-        self.kept_end = [end[:, (end >= 0).any(dim=0)] for end in ends]  # not the slots of a longer neighbour
+        there = [(end >= 0).any(dim=0) for end in ends]  # not the slots of a longer neighbour
+        self.kept_end = [end[:, columns] for end, columns in zip(ends, there, strict=True)]
         self.kv_bytes_peak = max(self.kv_bytes, sum(cache.most_bytes(lane) for cache in caches))
         self.kv_byte_steps = sum(cache.byte_steps(lane) for cache in caches)
         self.picks = [
-            count[:, : cache.used[lane]].to("cpu", copy=True)
-            for count, cache in zip(batch.picks(row), caches, strict=False)
+            count[:, : len(columns)].to("cpu", copy=True)[:, columns]
+            for count, columns in zip(batch.picks(row), there, strict=False)
         ]
         self.extra |= batch.measures(row)
 
