@@ -251,12 +251,12 @@ def test_a_reader_beside_other_policies(common: list[str], tmp_path: Path) -> No
     assert not (found["snapkv"] / "chosen").exists()
     for name in ("snapkv+adakv+read_mass", "h2o+read_mass"):
         for record in lines(found[name]):
-            assert 0 < record["chosen_share"] < 1 and record["kl"] > 0
+            assert 0 < record["chosen_share"] < 1 and record["fidelity"]["kl"] > 0
             with np.load(found[name] / "chosen" / f"{record['task']}-{record['id']}.npz") as file:
                 positions, picks = file["positions"], file["picks"]
             assert positions.shape == picks.shape and (picks[positions < 0] == 0).all()
             held = (positions >= 0).sum(-1)
-            assert (len(np.unique(held)) > 1) == ("adakv" in name) and held.mean() == record["kept"]["end"]
+            assert (len(np.unique(held)) > 1) == ("adakv" in name)
             if "snapkv" in name:  # nothing that was chosen has left
                 assert picks.sum() / 8 == pytest.approx(sum(record["chosen_by_step"]), abs=0.01 * 10)
             trace = Trace.load(trace_path(found[name], record["task"], record["id"]))
