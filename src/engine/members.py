@@ -30,7 +30,6 @@ from src.kv.state import State, settle, stack_states
 from src.kv.step import DecodeStep
 
 if TYPE_CHECKING:
-    from policies.parts import Reader
     from src.engine.prefill import Cell
 
 
@@ -106,18 +105,19 @@ class Member:
             for state in self._by_slot(step.layer):
                 state.grow(added)
         if self.reader is not None:
-            self._ask("read", step.layer, self._read, step, self.reader)
+            self._ask("read", step.layer, self._read, step)
 
-    def _read(self, step: DecodeStep, reader: Reader) -> None:
-        held, chosen = step.logits > -torch.inf, reader.choose(step)
+    def _read(self, step: DecodeStep) -> None:
+        reader, choices, held = self.reader, self.choices, step.logits > -torch.inf
+        assert reader is not None and choices is not None
+        chosen = reader.choose(step)
         if chosen is not None:
             chosen = check_choice(chosen, held.shape, held.device) & held
             step.weights.masked_fill_(~chosen, 0)
             step.logits.masked_fill_(~chosen, -torch.inf)  # for policies that make weights of their own
             if reader.renormalise:
                 step.weights.div_(step.weights.sum(-1, keepdim=True))
-        if self.choices is not None:
-            self.choices.note(step.layer, held if chosen is None else chosen, held)
+        choices.note(step.layer, held if chosen is None else chosen, held)
 
     def _by_slot(self, layer: int) -> list[State]:
         """What moves with the slots."""
