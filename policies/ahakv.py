@@ -214,14 +214,14 @@ class AhaKV(ScorePolicy):
         if not self.step_gain:
             return step.weights
         if self.gain_position == "absolute":
-            visible = step.position + 1
+            visible = step.position[:, None] + 1
         elif self.gain_position == "cached":
-            visible = step.position.clamp_max(step.budget) + 1
+            visible = (step.positions >= 0).sum(dim=-1) + 1  # heads may hold different numbers
         else:
-            visible = state.fixed["length"]
-        gain = self._gain(visible, step.budget, step.logits.dtype)[:, None, None, None] * state.fixed["factor"]
+            visible = state.fixed["length"][:, None]
+        gain = self._gain(visible, step.budget, step.logits.dtype)[..., None, None] * state.fixed["factor"]
         weights = softmax_with_gain(step.logits, gain)
-        return weights * self._counts(visible, step.budget)[:, None, None, None]
+        return weights * self._counts(visible, step.budget)[..., None, None]
 
     def _observe_value(self, step: DecodeStep, state: State) -> None:
         """The incoming token joins the means of its left neighbours, all of them recent, and they join its own."""

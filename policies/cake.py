@@ -83,6 +83,7 @@ class Cascade(Allocator):
     tau1: float = 1.6
     tau2: float = 0.4
     evenhanded: ClassVar[bool] = True
+    by_head: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -48,9 +48,11 @@ class Allocator(Part, ABC):
             rounding that does not.
         revises: the counts of a layer may still fall when later layers come (`Plan.revises`).
         evenhanded: KV heads of a layer whose scores are the same hold equally many.
+        by_head: heads of a layer may hold different numbers.
         uses_budget: False: prompts that would fit into the budget are cut as others are.
     """
 
+    by_head: ClassVar[bool] = True
     uses_budget: ClassVar[bool] = True
 
     @property

@@ -35,6 +35,7 @@ class Pyramid(Allocator):
     beta: float = 20
     rounding: Literal["exact", "official", "kvpress"] = "exact"
     evenhanded: ClassVar[bool] = True
+    by_head: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

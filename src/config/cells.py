@@ -7,8 +7,9 @@ can be checked without it.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -81,27 +82,80 @@ def policy_config(spec: str | Mapping[str, Any], seed: int = 0) -> DictConfig:
     if not isinstance(name, str) or not re.fullmatch(r"[\w./-]+", name):
         problem = "has no name" if name is None else f"has name={name}"
         raise InputError(f"policies: {spec} {problem}; valid: a policy's name or {{name: ..., option: value}}")
-    overrides = [f"policy={name}", f"seed={seed}"]
-    for part in PARTS:
-        if isinstance(options.get(part), str):  # the name of a file in conf/policy/allocate, store or read
-            overrides.append(f"policy/{part}={quoted(options.pop(part))}")
-    if HydraConfig.initialized():  # a folder of the user's own policies
-        sources = HydraConfig.get().runtime.config_sources
-        extra = [f"{s.schema}://{s.path}" for s in sources if s.provider not in ("hydra", "main", "schema")]
-        if extra:
-            overrides.append("hydra.searchpath=[" + ",".join(map(quoted, extra)) + "]")
-    try:
-        with composing():
-            node = compose("config", overrides=overrides).policy
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError, RecursionError) as error:
-        raise InputError(explain(error, "config", [])) from None
+    node = composed([f"policy={name}", f"seed={seed}"]).policy
     if not isinstance(node, DictConfig) or "_target_" not in node:
         raise InputError(f"policy={name}: its configuration has no _target_; valid: _target_: module.Class")
     unknown = sorted(set(options) - set(node) - set(PARTS))
     if unknown:
-        valid = ", ".join(sorted({*map(str, node)} - {"name", "_target_", *PARTS}))
+        meant = get_close_matches(str(unknown[0]), PARTS)  # every policy takes parts; who seems to want one is told
+        valid = ", ".join([*sorted({*map(str, node)} - {"name", "_target_", *PARTS}), *(PARTS if meant else ())])
         raise InputError(f"policies: {name} has no option {unknown[0]!r}; valid: {valid or 'none'}")
-    return OmegaConf.merge(node, options)  # type: ignore[return-value]
+    parts = {part: part_config(name, part, options.pop(part), node.get(part)) for part in PARTS if part in options}
+    merged: Any = OmegaConf.merge(node, options)
+    OmegaConf.set_struct(merged, False)
+    for part, value in parts.items():
+        merged[part] = value
+    return merged
+
+
+def part_config(policy: str, part: str, given: Any, own: Any) -> Any:
+    """What a sweep gives for a part, as settings.
+
+    Args:
+        given: the name of a file in conf/policy/allocate (or store, read); `{name: ..., option: value}`; options for
+            the part that the policy's own file brings; settings with a _target_; None: no part.
+        own: that part, or None.
+
+    Raises:
+        InputError: anything else.
+    """
+    options = {"name": given} if isinstance(given, str) else dict(given) if isinstance(given, Mapping) else None
+    if given is None or (options and "_target_" in options):
+        return options
+    chosen = options.pop("name", None) if options else None
+    fits = isinstance(chosen, str) and re.fullmatch(r"[\w-]+(/[\w-]+)*", chosen)
+    if options is None or (not fits if chosen is not None or own is None else False):
+        raise InputError(
+            f"policies: {policy}: {part}={given}: valid: the name of a file of conf/policy/{part}, "
+            "{name: ..., option: value}, or null"
+        )
+    node = own if chosen is None else file_of(part, str(chosen))
+    plain: Any = OmegaConf.to_container(node, resolve=True)
+    return {**plain, **options}
+
+
+def file_of(part: str, name: str) -> Any:
+    """A part as its own file says it: the policy that conf/config.yaml names brings none to mix in."""
+    return composed([f"policy/{part}={name}"]).policy[part]
+
+
+def composed(overrides: Sequence[str]) -> DictConfig:
+    """Raises InputError: it cannot be composed."""
+    extra: list[str] = []
+    if HydraConfig.initialized():  # a folder of the user's own policies
+        sources = HydraConfig.get().runtime.config_sources
+        extra = [f"{s.schema}://{s.path}" for s in sources if s.provider not in ("hydra", "main", "schema")]
+    search = ["hydra.searchpath=[" + ",".join(map(quoted, extra)) + "]"] if extra else []
+    try:
+        with composing():
+            return compose("config", overrides=[*overrides, *search])
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError, RecursionError) as error:
+        raise InputError(explain(error, "config", [])) from None
+
+
+def chosen_parts(policy: Mapping[str, Any]) -> dict[str, Any]:
+    """A command's policy; where it chose a file of conf/policy/allocate (store, read), with that file's settings alone.
+
+    Hydra mixes in those of the part that the policy's own file brings; they are left out unless somebody changed one.
+    """
+    chosen, choices = dict(policy), HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
+    for part in PARTS:
+        if (name := choices.get(f"policy/{part}")) and isinstance(policy.get(part), Mapping):
+            mine = composed([f"policy={choices['policy']}"]).policy.get(part) or {}
+            theirs = file_of(part, str(name))
+            stale = {key for key in mine if key not in theirs}
+            chosen[part] = {k: v for k, v in policy[part].items() if k not in stale or v != mine[k]}
+    return chosen
 
 
 def quoted(value: str) -> str:

@@ -13,6 +13,7 @@ import inspect
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -51,6 +52,9 @@ def make(settings: Mapping[str, Any], name: str, kinds: tuple[type, ...]) -> Any
     found = class_of(settings.get(TARGET), name, kinds)
     if issubclass(found, Part):
         options.pop("name", None)  # what tables call it
+        valid = [setting.name for setting in fields(found) if setting.init] if is_dataclass(found) else list(options)
+        if unknown := [key for key in options if key not in valid]:
+            raise InputError(f"policy={name}: {found.__name__} has no option {unknown[0]!r}; valid: {', '.join(valid)}")
     try:
         made = found(**options)
         if isinstance(made, Policy):

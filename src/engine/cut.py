@@ -181,7 +181,8 @@ def allotment(policy: Policy, budget: int, length: int, layers: int, kv_heads: i
 
 
 def hold(policy: Policy, prompt: PromptAttention, kept: Sequence[Tensor], told: int) -> LayerCache:
-    """One layer's cache. Heads that keep equally many stand in a rectangle.
+    """One layer's cache. Heads that keep equally many stand in a rectangle, unless they do so by chance: lanes of one
+    cell shall share a pool.
 
     A policy that evicts while decoding does so within what each head was given, whatever the layer was told.
 
@@ -192,7 +193,8 @@ def hold(policy: Policy, prompt: PromptAttention, kept: Sequence[Tensor], told: 
     limit = check_limit(policy.limit(told, max(counts)), 0, None, not policy.evicts_while_decoding)
     if limit is not None:
         limit = max(counts)
-    if len(set(counts)) == 1:
+    by_head = policy.allocate is not None and policy.allocate.by_head
+    if len(set(counts)) == 1 and not by_head:
         cache = policy.make_cache(prompt, torch.stack(list(kept)), limit)
     elif policy.store is not None:
         cache = policy.store.hold(prompt, kept, limit)

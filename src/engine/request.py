@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from policies.base import Policy
 from src.engine.pool import LaneBatch
@@ -185,14 +186,12 @@ class Generation:
             Fault: the policy cannot say what the record needs.
         """
         caches, lane = batch.locate(row)
-        ends = [cache.positions[lane, :, : cache.used[lane]].to("cpu", copy=True) for cache in caches]
-        there = [(end >= 0).any(dim=0) for end in ends]  # not the slots of a longer neighbour
-        self.kept_end = [end[:, columns] for end, columns in zip(ends, there, strict=True)]
+        self.kept_end = [pad_sequence(cache.kept(lane), batch_first=True, padding_value=-1) for cache in caches]
         self.kv_bytes_peak = max(self.kv_bytes, sum(cache.most_bytes(lane) for cache in caches))
         self.kv_byte_steps = sum(cache.byte_steps(lane) for cache in caches)
         self.picks = [
-            count[:, : len(columns)].to("cpu", copy=True)[:, columns]
-            for count, columns in zip(batch.picks(row), there, strict=False)
+            pad_sequence(cache.by_head(lane, count), batch_first=True)
+            for count, cache in zip(batch.picks(row), caches, strict=False)
         ]
         self.extra |= batch.measures(row)
 

@@ -75,7 +75,8 @@ def ranked() -> list[str]:
 
 PRODUCT = list(product(ranked(), ["", *names("allocate")], ["", *names("store")]))
 REFUSED: dict[Key, list[str]] = {  # what the line must say
-    ("tova", "retrieval_heads", store): ["allocate=RetrievalHeads", "TOVA", "valid: "]
+    ("tova", allocate, store): [f"allocate={kind}", "TOVA", "valid: "]
+    for allocate, kind in (("retrieval_heads", "RetrievalHeads"), ("globally", "Globally"))
     for store in ("", *names("store"))
 }
 

@@ -40,6 +40,7 @@ CELLS: dict[str, Policy] = {
     "h2o pyramid": H2O(allocate=Pyramid(3)),
     "h2o cascade": H2O(allocate=Cascade(window=8)),
     "ahakv adakv": AhaKV(window=8, allocate=AdaKV()),
+    "ahakv cached adakv": AhaKV(window=8, gain_position="cached", gain_guard="literal", allocate=AdaKV()),
     "think": SnapKV(window=8, store=ThinK(recent=4, rows=16)),
     "think cascade": CAKE(window=8, allocate=Cascade(window=8), store=ThinK(recent=4, rows=16)),
     "kivi": SnapKV(window=8, store=KIVI(8, 8, 8)),
