@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from policies.parts import Allocator, Store
+from policies.parts import Allocator, Reader, Store
 from src.kv.cache import LayerCache
 from src.kv.checks import check
 from src.kv.contract import check_recent, check_scores
@@ -44,9 +44,9 @@ class Policy(ABC):
         own_pool: lanes of this policy share their cache with no other policy's. Needed by those that give
             `room`, `prune` or `make_cache`.
         may_refuse: `evict` may turn the incoming token away instead of giving it a slot.
-        chooses: at each step only some of the cached tokens are attended to; `attended` says which.
         allocate: who may hold how many entries; None: every layer and KV head `budget`.
         store: how a kept token is held; None: as it is.
+        read: which held tokens a step attends to; None: all.
         reconstruction: where the formulas come from, if neither from the paper's own text nor from its authors'
             code. Figures of such a policy are shown as "(our reconstruction)", with this text in the notes.
     """
@@ -56,11 +56,11 @@ class Policy(ABC):
     uses_decode_budget: ClassVar[bool] = False
     own_pool: ClassVar[bool] = False
     may_refuse: ClassVar[bool] = False
-    chooses: ClassVar[bool] = False
     reconstruction: ClassVar[str] = ""
 
     allocate: Allocator | None = field(default=None, kw_only=True)
     store: Store | None = field(default=None, kw_only=True)
+    read: Reader | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         """Check every setting against its annotation; ValueError names the setting and what would be valid."""
@@ -70,8 +70,13 @@ class Policy(ABC):
         self.check_parts()
 
     def check_parts(self) -> None:
-        """ValueError: an allocator or a store that does not go with this policy."""
+        """ValueError: a part that does not go with this policy, or a hook that a part has taken the place of."""
         name, part = type(self).__name__, type(self.allocate).__name__
+        for hook in ("adjust_weights", "attended"):
+            if hasattr(self, hook):
+                raise ValueError(f"{name}.{hook} is no hook any more; valid: read, a Reader of policies.parts")
+        if not isinstance(self.read, Reader | None):
+            raise ValueError(f"read={self.read}: valid: a reader (conf/policy/read), or null")
         if self.allocate is not None:
             if not isinstance(self.allocate, Allocator):
                 raise ValueError(f"allocate={self.allocate}: valid: an allocator (conf/policy/allocate), or null")
@@ -91,6 +96,11 @@ class Policy(ABC):
             )
 
     @property
+    def reader(self) -> Reader | None:
+        """`read`, or what the policy's own settings say in its place."""
+        return self.read
+
+    @property
     def sequel(self) -> Sequel | None:
         """What is to be read after the prompt, with the full cache, before it is cut; the policy finds what it showed
         in `PromptAttention.seen`. None: nothing, as for most.
@@ -99,7 +109,7 @@ class Policy(ABC):
 
     def reconstructed(self) -> str:
         """`reconstruction` of the policy and of its parts; empty if none is one."""
-        said = (part.reconstruction for part in (self, self.allocate, self.store) if part is not None)
+        said = (part.reconstruction for part in (self, self.allocate, self.store, self.read) if part is not None)
         return "; ".join(filter(None, said))
 
     def least_budget(self) -> int:
@@ -168,11 +178,8 @@ class Policy(ABC):
     def adjust_logits(self, step: DecodeStep) -> None:
         """Change `step.logits` in place before the softmax (StreamingLLM moves its sinks here)."""
 
-    def adjust_weights(self, step: DecodeStep, state: State) -> None:
-        """Change `step.weights` in place before values are mixed (a policy that attends to chosen tokens only)."""
-
     def observe(self, step: DecodeStep, state: State) -> None:
-        """Fold one decoding step into the state."""
+        """Fold one decoding step into the state; `step.weights` are those the model used, after `read`'s choice."""
 
     def prune(self, step: DecodeStep, state: State) -> Tensor | None:
         """Slots to keep, `(lanes, kv_heads, k)`, ascending, before the incoming token is added; None: all."""
@@ -196,20 +203,6 @@ class Policy(ABC):
         int64. With `may_refuse`, the number of slots (the incoming token's column) means that it gets none.
         """
         raise NotImplementedError(f"{type(self).__name__} ranks")
-
-    def attended(self, state: State) -> Tensor | None:
-        """Share of the query heads that attended to each slot at the last step, `(lanes, kv_heads, slots + 1)`.
-
-        None: all to everything that is cached. For the record of kept positions over time only.
-        """
-        return None
-
-    def picks(self, state: State) -> Tensor | None:
-        """How often each slot was attended to, by all steps and query heads, `(lanes, kv_heads, slots + 1)`, int32.
-
-        None: always by all. For the record of chosen positions only.
-        """
-        return None
 
     def prompt_measures(self, prompt: PromptAttention, budget: int) -> dict[str, Tensor]:
         """Figures to record about one layer's prompt, small tensors; a record lists them by layer."""

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from policies.base import Policy, keep_all
+from policies.parts import Reader
+from policies.smallest_set import SmallestSet
 from src.kv.cache import LayerCache
 from src.kv.codebooks import Codebooks, load_codebooks
 from src.kv.product import SplitCache, encode
@@ -23,9 +24,6 @@ from src.kv.state import ModelShape, State
 
 if TYPE_CHECKING:
     from src.kv.prompt import PromptAttention
-    from src.kv.step import DecodeStep
-
-BINS = 64  # of the histogram of chosen prompt positions
 
 
 @dataclass(frozen=True)
@@ -33,8 +31,7 @@ class HCAttention(Policy):
     """Keeps every token, cheaply, and attends to few. Each of the three parts can be switched off alone.
 
     1. Keys: `groups` indices instead of head_dim numbers (`src.kv.product`), approximate logits z~.
-    2. Choice: a~ = softmax(z~); with a~ sorted from the largest, k* = min{k : sum of the first k >= tau}; only those
-       are attended to. Per layer, step and query head (the last is ours), so nothing is lost for good.
+    2. Choice: of a~ = softmax(z~) the smallest set with mass tau (`SmallestSet`); nothing is lost for good.
     3. Values: in host memory, and their weighted sum is computed there.
 
     Args:
@@ -64,7 +61,6 @@ class HCAttention(Policy):
     loaded: Codebooks | None = field(default=None, compare=False, repr=False)
     uses_budget: ClassVar[bool] = False
     own_pool: ClassVar[bool] = True
-    chooses: ClassVar[bool] = True
     reconstruction: ClassVar[str] = (
         "what is known comes from a third party's notes; the body of the paper could not be read, and no code of the "
         "authors is public"
@@ -72,13 +68,17 @@ class HCAttention(Policy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.tau <= 1:
-            raise ValueError(f"tau={self.tau}: valid: a share of the attention in (0, 1]; 1 attends to everything")
+        SmallestSet(self.tau)  # ValueError: no share
         most = 2 ** (15 if self.key_bits == 16 else 8)
         if not 1 <= self.centroids <= most:
             raise ValueError(f"centroids={self.centroids}: valid with key_bits={self.key_bits}: 1 to {most}")
         if self.groups < 1:
             raise ValueError(f"groups={self.groups}: valid: a divisor of the head size")
+
+    def check_parts(self) -> None:
+        super().check_parts()
+        if self.read is not None:
+            raise ValueError(f"read={type(self.read).__name__}: HCAttention reads as its tau says; valid: null")
 
     def bind(self, model: ModelShape) -> HCAttention:
         if not self.quantise_keys:
@@ -106,63 +106,9 @@ class HCAttention(Policy):
         codes = prompt.once(("codes", self.loaded.digest), lambda: encode(plain.keys, centroids))
         return SplitCache.split(plain, centroids, kind, self.offload_values, codes)
 
-    def start(self, prompt: PromptAttention, kept: Tensor, budget: int) -> State:
-        """`picks`: how often each token was chosen, `last`: by what share of the query heads at the last step;
-        `chosen`: tokens chosen at each step, mean over query heads.
-        """
-        if self.tau == 1:
-            return State()
-        return State(
-            slots={
-                "picks": torch.zeros(kept.shape, dtype=torch.int32, device=kept.device),
-                "last": torch.zeros(kept.shape, device=kept.device),
-            },
-            fixed={
-                "chosen": torch.zeros(0, device=kept.device),
-                "length": torch.tensor(prompt.length, device=kept.device),
-            },
-        )
-
-    def adjust_weights(self, step: DecodeStep, state: State) -> None:
-        if self.tau == 1:
-            return
-        chosen = smallest_set(step.weights, self.tau)
-        step.weights.masked_fill_(~chosen, 0)
-        if self.renormalise:
-            step.weights /= step.weights.sum(-1, keepdim=True)
-        state.slots["picks"] += chosen.sum(dim=2, dtype=torch.int32)
-        state.slots["last"] = chosen.float().mean(dim=2)
-        counts = chosen.sum(-1, dtype=torch.float32).mean(dim=(1, 2))
-        state.fixed["chosen"] = torch.cat([state.fixed["chosen"], counts[:, None]], dim=1)
-
-    def attended(self, state: State) -> Tensor | None:
-        return state.slots.get("last")
-
-    def picks(self, state: State) -> Tensor | None:
-        return state.slots.get("picks")
+    @property
+    def reader(self) -> Reader | None:
+        return SmallestSet(self.tau, renormalise=self.renormalise) if self.tau < 1 else None
 
     def measures(self, states: list[State], lane: int) -> dict[str, Any]:
-        """Tokens chosen (mean over query heads), their share of all cached ones, and where in the prompt they stood."""
-        found: dict[str, Any] = {"codebook_bytes": self.loaded.centroids.nbytes} if self.loaded else {}
-        if self.tau == 1 or not states[0].fixed["chosen"].shape[1]:
-            return found
-        length = int(states[0].fixed["length"][lane])
-        chosen = torch.stack([state.fixed["chosen"][lane] for state in states]).double().cpu()  # (layers, steps)
-        cached = length + 1 + torch.arange(chosen.shape[1])
-        picks = sum(state.slots["picks"][lane, :, :length].sum(0).double().cpu() for state in states)
-        assert isinstance(picks, Tensor)
-        bins = torch.zeros(BINS, dtype=torch.float64)
-        bins.index_add_(0, torch.arange(length) * BINS // length, picks)
-        return found | {
-            "chosen_share": round(float((chosen / cached).mean()), 6),
-            "chosen_by_layer": [round(x, 2) for x in chosen.mean(dim=1).tolist()],
-            "chosen_by_step": [round(x, 2) for x in chosen.mean(dim=0).tolist()],
-            "chosen_positions": [round(x, 6) for x in (bins / bins.sum().clamp_min(1)).tolist()],
-        }
-
-
-def smallest_set(weights: Tensor, tau: float) -> Tensor:
-    """True for the fewest largest weights of each row that add up to at least `tau`."""
-    ordered, order = weights.sort(dim=-1, descending=True, stable=True)
-    before = F.pad(ordered.cumsum(-1)[..., :-1], (1, 0))
-    return torch.zeros_like(weights, dtype=torch.bool).scatter_(-1, order, (before < tau) & (ordered > 0))
+        return {"codebook_bytes": self.loaded.centroids.nbytes} if self.loaded else {}

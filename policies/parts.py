@@ -1,13 +1,14 @@
-"""The parts that a policy's score is combined with: who may hold how much (`Allocator`), and how it is held (`Store`).
+"""The parts that a policy's score is combined with: who may hold how much (`Allocator`), how it is held (`Store`), and
+what of it a step attends to (`Reader`).
 
-Both hold settings only, as policies do, and are combined by configuration: `policy=snapkv policy/allocate=adakv`.
+All hold settings only, as policies do, and are combined by configuration: `policy=snapkv policy/allocate=adakv`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, ClassVar, get_type_hints
 
 from torch import Tensor
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from src.kv.cache import LayerCache
     from src.kv.prompt import PromptAttention
     from src.kv.state import ModelShape
+    from src.kv.step import DecodeStep
 
 
 @dataclass(frozen=True)
@@ -99,4 +101,28 @@ class Store(Part, ABC):
         Args:
             kept: of every KV head, the positions to keep, ascending, `(k,)`; heads may differ in k.
             limit: the most entries that a head may ever hold; None: it grows.
+        """
+
+
+@dataclass(frozen=True)
+class Reader(Part, ABC):
+    """Which of the held tokens a decoding step attends to. Nothing is lost for good: the next step chooses anew.
+
+    The prompt itself is read with full attention, as for every policy. What a policy sees of a step (`Policy.observe`,
+    `prune`, `rank`) are the weights after the choice: those the model used, 0 for what was not attended to (logits:
+    -inf, as in an empty slot).
+
+    Args:
+        renormalise: divide the chosen weights by their sum.
+    """
+
+    renormalise: bool = field(default=True, kw_only=True)
+
+    @abstractmethod
+    def choose(self, step: DecodeStep) -> Tensor | None:
+        """True for what is attended to, `(lanes, kv_heads, group, slots + 1)`, bool; None: everything.
+
+        `step.weights` are still those over all tokens. The last column is the incoming token; what empty slots get
+        is not looked at. To choose nothing for a query head while `renormalise` is on fails the sample: its weights
+        are no numbers.
         """

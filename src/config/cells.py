@@ -27,7 +27,7 @@ from src.kv.checks import shown as as_typed
 if TYPE_CHECKING:
     from src.engine.request import Variant
 
-PARTS = ("allocate", "store")  # folders of conf/policy, whose files go with any policy
+PARTS = ("allocate", "store", "read")  # folders of conf/policy, whose files go with any policy
 LONGEST_NAME = 100  # characters of a policy's name: it is part of file names
 
 
@@ -102,8 +102,8 @@ def part_config(policy: str, part: str, given: Any, own: Any) -> Any:
     """What a sweep gives for a part, as settings.
 
     Args:
-        given: the name of a file in conf/policy/allocate or store; `{name: ..., option: value}`; options for the part
-            that the policy's own file brings; settings with a _target_; None: no part.
+        given: the name of a file in conf/policy/allocate (or store, read); `{name: ..., option: value}`; options for
+            the part that the policy's own file brings; settings with a _target_; None: no part.
         own: that part, or None.
 
     Raises:
@@ -144,7 +144,7 @@ def composed(overrides: Sequence[str]) -> DictConfig:
 
 
 def chosen_parts(policy: Mapping[str, Any]) -> dict[str, Any]:
-    """A command's policy; where it chose a file of conf/policy/allocate or store, with that file's settings alone.
+    """A command's policy; where it chose a file of conf/policy/allocate (store, read), with that file's settings alone.
 
     Hydra mixes in those of the part that the policy's own file brings; they are left out unless somebody changed one.
     """

@@ -19,9 +19,8 @@ from yaml.reader import ReaderError
 
 from src.errors import InputError
 
-GROUPS = (
-    "policy|policy/allocate|policy/store|model|tasks|experiment|cluster"  # folders of conf/ that a command chooses from
-)
+# Folders of conf/ that a command chooses from.
+GROUPS = "policy|policy/allocate|policy/store|policy/read|model|tasks|experiment|cluster"
 BASIC = "hydra._internal.core_plugins."
 LAUNCHERS = (
     f"{BASIC}basic_launcher.BasicLauncher",

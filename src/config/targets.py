@@ -145,7 +145,7 @@ def check_declared(policy: Policy) -> None:
     Raises:
         ValueError: it names what is wrong and what would be valid.
     """
-    for name in ("evicts_while_decoding", "uses_budget", "uses_decode_budget", "own_pool", "may_refuse", "chooses"):
+    for name in ("evicts_while_decoding", "uses_budget", "uses_decode_budget", "own_pool", "may_refuse"):
         if not isinstance(getattr(policy, name), bool):
             raise ValueError(f"{name}={getattr(policy, name)!r} in its class; valid: True, False")
     for name in ("least_budget", "least_decode"):

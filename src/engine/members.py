@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from policies.base import Policy
+from src.engine.choices import Choices
 from src.kv.cache import LayerCache
 from src.kv.contract import (
-    check_by_slot,
+    check_choice,
     check_evict,
     check_measures,
     check_prune,
@@ -36,23 +37,37 @@ class Member:
     """Lanes of one cell inside a pool: rows `start..stop` of it, and the policy's state per layer.
 
     Attributes:
+        choices: what its lanes attended to; None: everything, always.
         error: what its policy did wrong; empty if nothing.
     """
 
-    def __init__(self, cell: Cell, start: int, stop: int, states: list[State], error: str = "") -> None:
+    def __init__(
+        self, cell: Cell, start: int, stop: int, states: list[State], choices: Choices | None = None, error: str = ""
+    ) -> None:
         self.cell, self.start, self.stop, self.states, self.error = cell, start, stop, states, error
+        self.choices, self.reader = choices, cell.policy.reader
         # Hooks that a policy has left as they are need not be asked at every layer of every step.
         own = type(cell.policy)
         self.adjusts_logits = own.adjust_logits is not Policy.adjust_logits
-        self.adjusts_weights = own.adjust_weights is not Policy.adjust_weights
         self.observes = own.observe is not Policy.observe
         self.prunes = own.prune is not Policy.prune
         self.ranks = defined_last(own, "rank", "evict")
 
     @classmethod
-    def of(cls, cell: Cell, start: int, states: Sequence[list[State]], slots: Sequence[int]) -> Member:
-        """From the lanes' own states (a list over layers each), for caches with so many slots."""
+    def of(
+        cls,
+        cell: Cell,
+        start: int,
+        states: Sequence[list[State]],
+        tallies: Sequence[list[State]],
+        slots: Sequence[int],
+    ) -> Member:
+        """From the lanes' own states and tallies (a list over layers each), for caches with so many slots."""
         member = cls(cell, start, start + len(states), [])
+        if member.reader is not None:
+            member.choices = Choices(
+                [stack_states([lane[layer] for lane in tallies], width) for layer, width in enumerate(slots)]
+            )
         for layer, width in enumerate(slots):
             stacked = member._ask("start", layer, stack_states, [lane[layer] for lane in states], width)
             if stacked is None:
@@ -78,15 +93,35 @@ class Member:
         if self.adjusts_logits:
             self._ask("adjust_logits", step.layer, self.cell.policy.adjust_logits, step)
 
-    def adjust_weights(self, step: DecodeStep, added: int) -> None:
-        """`added`: slots that the cache has grown by since the last step."""
+    def read(self, step: DecodeStep, added: int) -> None:
+        """Leave in `step.weights` and `step.logits` what the policy's reader chooses.
+
+        Args:
+            added: slots that the cache has grown by since the last step.
+        """
         if self.error:
             return
-        state = self.states[step.layer]
         if added:
-            state.grow(added)
-        if self.adjusts_weights:
-            self._ask("adjust_weights", step.layer, self.cell.policy.adjust_weights, step, state)
+            for state in self._by_slot(step.layer):
+                state.grow(added)
+        if self.reader is not None:
+            self._ask("read", step.layer, self._read, step)
+
+    def _read(self, step: DecodeStep) -> None:
+        reader, choices, held = self.reader, self.choices, step.logits > -torch.inf
+        assert reader is not None and choices is not None
+        chosen = reader.choose(step)
+        if chosen is not None:
+            chosen = check_choice(chosen, held.shape, held.device) & held
+            step.weights.masked_fill_(~chosen, 0)
+            step.logits.masked_fill_(~chosen, -torch.inf)  # for policies that make weights of their own
+            if reader.renormalise:
+                step.weights.div_(step.weights.sum(-1, keepdim=True))
+        choices.note(step.layer, held if chosen is None else chosen, held)
+
+    def _by_slot(self, layer: int) -> list[State]:
+        """What moves with the slots."""
+        return [self.states[layer], *([self.choices.layers[layer]] if self.choices else [])]
 
     def observe(self, step: DecodeStep, room: int | None) -> Tensor | None:
         """`Policy.observe`, and what `Policy.prune` keeps of the cached slots; None: all."""
@@ -135,6 +170,8 @@ class Member:
 
     def settle(self, layer: int, slot: Tensor, slots: int) -> None:
         """Move the incoming token's column to its slot, `(pool's lanes, kv_heads)`; the state's shapes are checked."""
+        if self.choices is not None and not self.error:
+            self.choices.settle(layer, slot[self.start : self.stop])
         if self.error or not (self.states[layer].slots or self.states[layer].fixed):
             return
         self._ask("observe", layer, self._settle, layer, slot, slots)
@@ -144,39 +181,26 @@ class Member:
         check_state(state.slots, state.fixed, (self.stop - self.start, slot.shape[1], slots + 1))
         settle(state, slot[self.start : self.stop])
 
+    def keep(self, layer: int, kept: Tensor) -> None:
+        """Only these slots are left, `(lanes, kv_heads, k)`."""
+        for state in self._by_slot(layer):
+            state.keep(kept)
+
     def select(self, rows: Sequence[int], start: int, at: Tensor) -> Member:
         """Only these of the lanes; `at`: the same, where kernels can read it."""
         for state in self.states:
             state.select(at)
-        return Member(self.cell, start, start + len(rows), self.states, self.error)
+        if self.choices is not None:
+            self.choices.select(at)
+        return Member(self.cell, start, start + len(rows), self.states, self.choices, self.error)
 
-    # What is asked for the record. Each raises Fault where the policy cannot say.
-
-    def measures(self, lane: int) -> dict[str, Any]:
-        """`Policy.measures`."""
+    def measures(self, lane: int, caches: Sequence[LayerCache]) -> dict[str, Any]:
+        """`Policy.measures` of one lane, and those of what it attended to. Fault where the policy cannot say."""
         policy = self.cell.policy
-        return ask(policy, "measures", None, lambda: check_measures(policy.measures(self.states, lane)))
-
-    def attended(self, caches: Sequence[LayerCache], lane: int) -> list[Tensor]:
-        """`Policy.attended` per layer, of one lane: `(kv_heads, slots)`; empty: everything."""
-        return self._by_slot("attended", self.cell.policy.attended, caches, lane)
-
-    def picks(self, caches: Sequence[LayerCache], lane: int) -> list[Tensor]:
-        """`Policy.picks` per layer, of one lane: `(kv_heads, slots)`; empty: always."""
-        return self._by_slot("picks", self.cell.policy.picks, caches, lane)
-
-    def _by_slot(
-        self, hook: str, question: Callable[[State], Tensor | None], caches: Sequence[LayerCache], lane: int
-    ) -> list[Tensor]:
-        def checked() -> list[Tensor]:
-            shares = [question(state) for state in self.states]
-            if all(share is None for share in shares):
-                return []
-            shapes = [(self.stop - self.start, cache.positions.shape[1], cache.slots + 1) for cache in caches]
-            found = [check_by_slot(share, shape) for share, shape in zip(shares, shapes, strict=True)]
-            return [share[lane, :, :-1] for share in found]
-
-        return ask(self.cell.policy, hook, None, checked)
+        found = ask(policy, "measures", None, lambda: check_measures(policy.measures(self.states, lane)))
+        if self.choices is None:
+            return found
+        return found | self.choices.measures(lane, [cache.positions[self.start + lane] for cache in caches])
 
 
 def defined_last(kind: type, one: str, other: str) -> bool:

@@ -37,11 +37,12 @@ class Pool:
         layers = len(forks[0].caches)
         self.caches = [stack_layer(forks) for _ in range(layers)]  # one after the other: one is in memory twice
         slots = [cache.slots for cache in self.caches]
-        states = {fork: fork.take_states() for fork in dict.fromkeys(forks)}
+        states = {fork: (fork.take_states(), fork.take_tallies()) for fork in dict.fromkeys(forks)}
         self.members: list[Member] = []
         for cell, group in groupby(forks, key=lambda fork: fork.cell):
             start = self.members[-1].stop if self.members else 0
-            self.members.append(Member.of(cell, start, [states[fork] for fork in group], slots))
+            own, tallies = zip(*(states[fork] for fork in group), strict=True)
+            self.members.append(Member.of(cell, start, own, tallies, slots))
         self.refusing = [m.cell.policy.may_refuse for m in self.members]
 
     @property
@@ -69,7 +70,7 @@ class Pool:
         weights = logits.softmax(dim=-1)
         for m, step in zip(self.members, steps, strict=True):
             step.weights = weights[m.start : m.stop]
-            m.adjust_weights(step, added)
+            m.read(step, added)
         out = cache.mix(weights, new.value)
         self._store(layer, new, steps, room)
         return out
@@ -82,7 +83,7 @@ class Pool:
             if kept is not None:  # the member has the pool to itself
                 kept, pruned = self.evictions.kept(layer, cache, kept), True
                 cache.keep(kept)
-                m.states[layer].keep(kept)
+                m.keep(layer, kept)
         victims = None
         if room is not None and not pruned and max(cache.used) >= room:
             victims = self._victims(layer, steps, room)
@@ -181,19 +182,19 @@ class LaneBatch:
         return out
 
     def measures(self, row: int) -> dict[str, Any]:
-        """What a row's policy has to say about it. Fault, as from the next two, if it cannot."""
-        member, lane, _ = self._member(row)
-        return member.measures(lane)
+        """What is measured of a row beside its memory. Fault where its policy cannot say."""
+        member, lane, caches = self._member(row)
+        return member.measures(lane, caches)
 
     def attended(self, row: int) -> list[Tensor] | None:
-        """Per layer, the share of query heads that attended to each cached token of a row at the last step."""
-        member, lane, caches = self._member(row)
-        return member.attended(caches, lane) or None
+        """Per layer, the share of query heads that attended to each slot of a row at the last step; None: to all."""
+        member, lane, _ = self._member(row)
+        return None if member.choices is None else member.choices.attended(lane)
 
     def picks(self, row: int) -> list[Tensor]:
         """Per layer, how often each slot of a row was attended to, `(kv_heads, slots)`; empty: always."""
-        member, lane, caches = self._member(row)
-        return member.picks(caches, lane)
+        member, lane, _ = self._member(row)
+        return [] if member.choices is None else member.choices.picks(lane)
 
     def wrong(self) -> Tensor | None:
         """For which rows the step's evictions are to be doubted, `(rows,)`; None: for none. Read it with the tokens."""

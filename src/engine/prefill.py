@@ -13,6 +13,7 @@ from torch import Tensor
 from policies.base import Policy, RankedPolicy
 from policies.full import Full
 from src.engine.attention import Attention
+from src.engine.choices import no_choices
 from src.engine.cut import PlannedCut
 from src.kv.cache import LayerCache
 from src.kv.contract import Doubt, check_cache, check_kept, check_limit, check_measures, check_start
@@ -37,13 +38,14 @@ class Cell:
     @property
     def full(self) -> bool:
         """Whether this is the full cache, which others are compared with; a user's subclass of it may cut."""
-        return type(self.policy) is Full and self.policy.store is None
+        return type(self.policy) is Full and self.policy.store is None and self.policy.read is None
 
     @property
     def changes_weights(self) -> bool:
         """Whether the policy has a hand in the attention itself, and may be to blame where it gives no numbers."""
-        hooks = ("adjust_logits", "adjust_weights", "make_cache")
-        return any(getattr(type(self.policy), hook) is not getattr(Policy, hook) for hook in hooks)
+        hooks = ("adjust_logits", "make_cache")
+        own = any(getattr(type(self.policy), hook) is not getattr(Policy, hook) for hook in hooks)
+        return own or self.policy.reader is not None
 
 
 class Fork:
@@ -60,6 +62,7 @@ class Fork:
         self.cell, self.length = cell, length  # length: prompt tokens
         self.caches: list[LayerCache] = []
         self.states: list[State] = []
+        self.tallies: list[State] = []  # where a reader chooses
         self.full_nbytes = 0  # of the whole prompt's keys and values, as the model computes them
         self.planned: PlannedCut | None = None  # where layers and heads differ
         self._measured: list[dict[str, Tensor]] = []  # what the policy has to say about each layer's prompt
@@ -112,9 +115,14 @@ class Fork:
         state = question("start", lambda: policy.start(prompt, kept, budget))
         question("start", lambda: check_start(state, heads, entries))
         measured = question("prompt_measures", lambda: check_measures(policy.prompt_measures(prompt, budget), Tensor))
+        self._hold(cache, state)
+        self._measured.append(measured)
+
+    def _hold(self, cache: LayerCache, state: State) -> None:
         self.caches.append(cache)
         self.states.append(state)
-        self._measured.append(measured)
+        if self.cell.policy.reader is not None:
+            self.tallies.append(no_choices(cache, self.length))
 
     def _plan(self, prompt: PromptAttention) -> None:
         """Who may hold how much, unless everything fits. Raises Fault."""
@@ -133,13 +141,13 @@ class Fork:
         measured = ask(policy, "prompt_measures", layer, policy.prompt_measures, prompt, told)
         self._measured.append(ask(policy, "prompt_measures", layer, check_measures, measured, Tensor))
         if layer == prompt.layers - 1:
-            held = planned.finish()
-            self.caches, self.states = [one.cache for one in held], [one.state for one in held]
+            for held in planned.finish():
+                self._hold(held.cache, held.state)
 
     def fail(self, error: str) -> None:
         """Its policy is asked nothing more, and its caches go."""
         self.error, self.caches, self.states, self._measured = error, [], [], []
-        self.planned = None
+        self.planned, self.tallies = None, []
         self.doubts = []
 
     def measures(self) -> dict[str, Tensor]:
@@ -166,6 +174,11 @@ class Fork:
         states, self.states = self.states, []
         return states
 
+    def take_tallies(self) -> list[State]:
+        """Hands over what a reader's choices will be counted in, a list over layers; empty without a reader."""
+        tallies, self.tallies = self.tallies, []
+        return tallies
+
     def take_doubts(self) -> list[tuple[int, Doubt]]:
         """Hands over what must still be looked at."""
         doubts, self.doubts = self.doubts, []
@@ -188,9 +201,9 @@ class Fork:
         return dict(total)
 
     def bookkeeping_nbytes(self) -> int:
-        """Bytes kept beside keys and values: positions and the policy's state."""
+        """Bytes kept beside keys and values: positions, the policy's state, and the tally of a reader."""
         positions = sum(cache.positions.untyped_storage().nbytes() for cache in self.caches)
-        return positions + sum(state.nbytes() for state in self.states)
+        return positions + sum(state.nbytes() for state in (*self.states, *self.tallies))
 
 
 def stacked_unequal(layers: Sequence[Tensor | None]) -> Tensor:

@@ -49,9 +49,6 @@ class LaneView:
         """Per layer, the share of query heads that attended to each entry of `kept` in the step, `(kv_heads, k)`.
 
         None: all to everything.
-
-        Raises:
-            Fault: the policy cannot say. If a probe lets it pass, the lane's sample fails.
         """
         shares = self._batch.attended(self._row)
         return shares and [share[:, : kept.shape[1]] for share, kept in zip(shares, self.kept, strict=True)]

@@ -190,7 +190,7 @@ class Generation:
         self.kv_bytes_peak = max(self.kv_bytes, sum(cache.most_bytes(lane) for cache in caches))
         self.kv_byte_steps = sum(cache.byte_steps(lane) for cache in caches)
         self.picks = [
-            count[:, : cache.used[lane]].to("cpu", copy=True)
+            pad_sequence(cache.by_head(lane, count), batch_first=True)
             for count, cache in zip(batch.picks(row), caches, strict=False)
         ]
         self.extra |= batch.measures(row)

@@ -92,7 +92,7 @@ class Wave:
                     caches, pool_row = self.batch.locate(row)
                     refuse_nan(lane.result.request, caches, pool_row, f"the token at position {lane.position}")
                 what = "left logits that are not numbers"
-                lane.fail(self.batch.blame(row, "adjust_logits, adjust_weights", what))
+                lane.fail(self.batch.blame(row, "adjust_logits, read", what))
                 continue
             if lane.generates:  # what a fidelity lane takes is not the policy's decoding
                 lane.result.decode_seconds += seconds
@@ -108,11 +108,8 @@ class Wave:
         for row, lane in enumerate(self.lanes):
             if lane.watched and not lane.result.error:
                 view = LaneView(lane.result, self.batch.t, self.batch, row)
-                try:
-                    for probe in self.probes:
-                        probe.on_step(view)
-                except Fault as fault:
-                    lane.fail(str(fault))
+                for probe in self.probes:
+                    probe.on_step(view)
 
     def _leave(self) -> Iterator[Generation]:
         """Lanes that have nothing left to do leave the batch."""

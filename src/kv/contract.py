@@ -258,15 +258,17 @@ def check_state(slots: Mapping[str, Tensor], fixed: Mapping[str, Tensor], shape:
             raise ContractError(f"left fixed[{name!r}] of {show(tensor)}; expected ({lanes}, ...)")
 
 
-def check_by_slot(shares: Any, shape: tuple[int, int, int]) -> Tensor:
-    """What `Policy.attended` and `Policy.picks` give for one layer, `(lanes, kv_heads, slots + 1)`.
+def check_choice(chosen: Any, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """`Reader.choose`'s tokens, `(lanes, kv_heads, group, slots + 1)`, bool.
 
     Raises:
-        ContractError: anything else.
+        ContractError: other shapes, or no bools.
     """
-    if not isinstance(shares, Tensor) or shares.shape != shape:
-        raise ContractError(f"gave {show(shares)} for a layer; expected {shape}, or None for all layers")
-    return shares
+    fits = isinstance(chosen, Tensor) and chosen.dtype == torch.bool and chosen.device == device
+    if not fits or chosen.shape != shape:
+        raise ContractError(f"gave {show(chosen)}; expected {tuple(shape)}, bool, on {device}, or None")
+    tokens: Tensor = chosen
+    return tokens
 
 
 def check_room(room: Any, limit: int) -> int:

@@ -186,7 +186,9 @@ MEASURES = {
     "chosen_share": About("tokens attended to at a step, of all that were cached; mean", "share", AMOUNT),
     "chosen_by_layer": About("tokens attended to at a step, by layer, mean over query heads", "tokens", GRID),
     "chosen_by_step": About("the same, by step", "tokens"),
-    "chosen_positions": About("where in the prompt they stood, in 64 equal parts", "share of all chosen", GRID),
+    "chosen_positions": About(
+        "where in the prompt those stood that were held to the end, in 64 equal parts", "share of all chosen", GRID
+    ),
 }
 
 NEEDED = ("task", "id", "prompt_hash")

@@ -28,7 +28,7 @@ CAPTIONS = {
     "counts": "Entries of each layer and KV head after the prompt, mean over samples, as a share of the cell's mean; "
     "the numbers above are the fewest and the most. Cells whose layers and heads all hold alike are left out.",
     "kept_over_time": "One sample: output tokens read, from left to right, against positions in the text, upwards; "
-    "above the line are output tokens. For a policy that keeps everything and chooses, what it attended to.",
+    "above the line are output tokens. For a policy that chooses at each step, what it attended to.",
     "retention": "Share of the prompt's positions that are kept, by layer and place in the prompt, mean over "
     "KV heads and up to 96 samples. The scale is stretched at its lower end, and the same in all panels.",
 }

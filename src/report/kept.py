@@ -66,7 +66,7 @@ def retention_table(analysis: Analysis) -> Table | None:
         "heads keep. Drift: share of those positions no longer held when decoding ended."
     )
     if any("chosen" in kept for kept in measured):
-        note += " Where a policy keeps everything and chooses at each step: of the tokens that it chose."
+        note += " Where a policy chooses at each step: of the tokens that it chose."
     if fewer:
         note += " n: samples whose kept positions are there, of those that were scored; the other tables have them all."
     note += "".join(told for _, _, told in shown)

@@ -1,18 +1,21 @@
-"""Which tokens a policy attended to that keeps everything and chooses at each step: `chosen/<task>-<id>.npz`.
+"""Which of its tokens a policy attended to that chooses at each step (`read`): `chosen/<task>-<id>.npz`.
 
 Written into a run's folder with `retention=positions`, one file per sample, beside what retention.npz says was kept:
 
-    positions   (layers, kv_heads, k) original positions, as cached at the end
+    positions   (layers, kv_heads, k) original positions, as cached at the end; -1 where a layer or head holds fewer
     picks       (layers, kv_heads, k) how often each was attended to, by all steps and query heads together
     prompt_tokens, steps    positions below the first are the prompt's; tokens that were read one by one
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from src.engine.request import Generation
 from src.errors import InputError
@@ -27,11 +30,17 @@ def save_chosen(run: Path, task: str, sample: str, result: Generation, prompt_to
         return
     write_npz(
         chosen_path(run, task, sample),
-        positions=torch.stack(result.kept_end).numpy(),
-        picks=torch.stack(result.picks).numpy(),
+        positions=stacked(result.kept_end, -1).numpy(),
+        picks=stacked(result.picks, 0).numpy(),
         prompt_tokens=np.array(prompt_tokens),
         steps=np.array(result.decode_steps),
     )
+
+
+def stacked(layers: Sequence[Tensor], value: int) -> Tensor:
+    """`(kv_heads, k)` each, padded with `value` to the longest layer."""
+    longest = max(layer.shape[1] for layer in layers)
+    return torch.stack([F.pad(layer, (0, longest - layer.shape[1]), value=value) for layer in layers])
 
 
 def chosen_path(run: Path, task: str, sample: str) -> Path:

@@ -23,7 +23,7 @@ class TraceProbe(Probe):
         request, variant = generation.request, generation.variant
         width = -(-(len(request.ids) + request.max_new_tokens) // BINS)
         trace = self.traces[request, variant] = Trace(request.first, width, self.every)
-        if not variant.policy.chooses:
+        if variant.policy.reader is None:
             trace.note(0, generation.kept_prompt)
 
     def on_step(self, lane: LaneView) -> None:

@@ -238,3 +238,28 @@ def test_positions_of_a_context_are_relative_to_it(common: list[str], tmp_path: 
         assert record["decode_steps"] >= record["prompt_tokens"] - record["context_tokens"]
     found: dict[str, Any] = json.loads((done.folder / "metrics.json").read_text())["retention"]
     assert found["recent_mean"] == 16  # 20 entries, 4 of them sinks
+
+
+def test_a_reader_beside_other_policies(common: list[str], tmp_path: Path) -> None:
+    """Chosen tokens of what SnapKV keeps, where layers and heads hold differing numbers; named, recorded, traced."""
+    cells = "{name: snapkv, window: 8, allocate: adakv, read: mass},{name: h2o, read: mass},{name: snapkv, window: 8}"
+    more = ["budgets=[48]", "retention=positions", "kept_over_time=2", "fidelity=true", f"output_root={tmp_path}"]
+    done = call("sweep", *common, f"policies=[full,{cells}]", *more)
+    assert done.code == 0, done.err
+    found = {name.rpartition("-48-")[0]: path for name, path in folders(tmp_path).items()}
+    assert {"snapkv+adakv+read_mass", "h2o+read_mass", "snapkv"} <= set(found)
+    assert not (found["snapkv"] / "chosen").exists()
+    for name in ("snapkv+adakv+read_mass", "h2o+read_mass"):
+        for record in lines(found[name]):
+            assert 0 < record["chosen_share"] < 1 and record["fidelity"]["kl"] > 0
+            with np.load(found[name] / "chosen" / f"{record['task']}-{record['id']}.npz") as file:
+                positions, picks = file["positions"], file["picks"]
+            assert positions.shape == picks.shape and (picks[positions < 0] == 0).all()
+            held = (positions >= 0).sum(-1)
+            assert (len(np.unique(held)) > 1) == ("adakv" in name)
+            if "snapkv" in name:  # nothing that was chosen has left
+                assert picks.sum() / 8 == pytest.approx(sum(record["chosen_by_step"]), abs=0.01 * 10)
+            trace = Trace.load(trace_path(found[name], record["task"], record["id"]))
+            for step, shares in zip(trace.steps, trace.shares, strict=True):
+                assert 0 < np.sum(shares) * trace.width <= record["chosen_by_step"][step - 1] + 0.01
+    assert "ran again" not in call("sweep", *common, f"policies=[full,{cells}]", *more).err

@@ -167,6 +167,6 @@ def test_parts_compose(part: str, name: str) -> None:
     cfg = compose("config", "policy=snapkv", f"policy/{part}={name}")
     cell = make_cell(cfg.policy, 256)
     made, settings = getattr(cell.variant.policy, part), OmegaConf.to_container(cfg.policy[part])
-    assert cell.label == f"snapkv+{name}"
+    assert cell.label == f"snapkv+read_{name}" if part == "read" else f"snapkv+{name}"  # allocate=mass is another
     assert {k: v for k, v in settings.items() if k != "name"} == as_settings(made)  # type: ignore[union-attr]
     assert getattr(made, "base", None) or made == type(made)()

@@ -13,6 +13,7 @@ import torch
 from policies.base import Policy, ScorePolicy, keep_all, lowest_slot
 from policies.full import Full
 from policies.h2o import H2O
+from policies.parts import Reader
 from policies.random import Random
 from policies.recent import Recent
 from policies.scope import Scope
@@ -44,6 +45,18 @@ Wrong = Callable[..., Any]
 
 
 @dataclass(frozen=True)
+class BadReader(Reader):
+    """Chooses what `wrong` says of everything."""
+
+    wrong: Wrong = field(default=lambda chosen, step: chosen, hash=False)
+
+    def __post_init__(self) -> None: ...  # a function is no setting
+
+    def choose(self, step: Any) -> Any:
+        return self.wrong(step.weights > -1, step)
+
+
+@dataclass(frozen=True)
 class Bad(Policy):
     """`Recent`, whose answers go through `wrong[hook](answer, *arguments)`."""
 
@@ -69,8 +82,9 @@ class Bad(Policy):
     def adjust_logits(self, step: Any) -> None:
         self._answer("adjust_logits", None, step)
 
-    def adjust_weights(self, step: Any, state: Any) -> None:
-        self._answer("adjust_weights", None, step)
+    @property
+    def reader(self) -> Any:
+        return BadReader(self.wrong["read"]) if "read" in self.wrong else None
 
     def observe(self, step: Any, state: Any) -> None:
         self._answer("observe", state, step)
@@ -86,9 +100,6 @@ class Bad(Policy):
 
     def measures(self, states: Any, lane: int) -> Any:
         return self._answer("measures", {})
-
-    def picks(self, state: Any) -> Any:
-        return self._answer("picks", None)
 
 
 @dataclass(frozen=True)
@@ -225,14 +236,21 @@ DECODING: dict[str, tuple[str, Wrong, str]] = {
         "expected a slot from 0 to 11 (layer 1, KV head 0)",
     ),
     "adjust_logits": ("adjust_logits", fails(ValueError("l")), "adjust_logits raised ValueError: l (layer 0"),
-    "adjust_weights": ("adjust_weights", fails(ValueError("w")), "adjust_weights raised ValueError: w (layer 0"),
+    "read": ("read", fails(ValueError("w")), "read raised ValueError: w (layer 0"),
+    "read shape": (
+        "read",
+        lambda c, _: c[..., :-1],
+        "read gave shape (1, 2, 2, 12), bool, on cpu; expected (1, 2, 2, 13)",
+    ),
+    "read weights": ("read", lambda c, _: c.float(), "read gave shape (1, 2, 2, 13), float32, on cpu; expected"),
+    "read a list": ("read", lambda c, _: c.tolist(), "read gave list"),
+    "read nothing": (
+        "read",
+        lambda c, s: c & False if s.t == 2 else c,
+        "adjust_logits, read left logits that are not numbers",
+    ),
     "observe": ("observe", fails(TypeError("o")), "observe raised TypeError: o (layer 0"),
     "prune": ("prune", fails(TypeError("p")), "prune raised TypeError: p (layer 0"),
-    "NaN weights": (
-        "adjust_weights",
-        lambda _, s: s.weights.fill_(float("nan")),
-        "adjust_weights left logits that are not numbers",
-    ),
     "prune without a pool": ("prune", lambda _, s: s.positions[..., :4].long(), "expected None, or own_pool = True"),
     "state narrower": (
         "observe",
@@ -243,7 +261,6 @@ DECODING: dict[str, tuple[str, Wrong, str]] = {
     "state no tensor": ("observe", lambda s, _: damage(s, "sum", None), "observe raised AttributeError"),
     "measures raises": ("measures", fails(ValueError("m")), "measures raised ValueError: m (test_contract.py:"),
     "measures a list": ("measures", lambda _: [1], "measures gave list [1]; expected a dict"),
-    "picks": ("picks", lambda _: torch.zeros(1), "picks gave shape (1,)"),
 }
 OWN: dict[str, tuple[str, Wrong, str]] = {
     "room a float": ("room", lambda room, t: 3.5, "room gave float 3.5; expected a whole number from 1 to 12"),

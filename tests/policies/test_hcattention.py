@@ -9,7 +9,8 @@ from torch import Tensor
 
 from policies.full import Full
 from policies.h2o import H2O
-from policies.hcattention import HCAttention, smallest_set
+from policies.hcattention import HCAttention
+from policies.smallest_set import SmallestSet, smallest_set
 from src.engine.engine import Engine
 from src.engine.request import Generation, Job, Request, Variant
 from src.kv.cache import LayerCache
@@ -129,14 +130,24 @@ def test_tables_do_not_depend_on_the_number_of_tokens() -> None:
     assert torch.allclose(look_up(table, codes), query @ rebuilt.transpose(2, 3), atol=1e-4)
 
 
+class Noted(SmallestSet):
+    """Notes the weights that it chooses from."""
+
+    def choose(self, step: DecodeStep) -> Tensor | None:
+        before.append(step.weights.clone())
+        return super().choose(step)
+
+
 class Checked(HCAttention):
     """Checks the chosen set at every step and layer against the definition."""
 
-    def adjust_weights(self, step: DecodeStep, state: Any) -> None:
-        before = step.weights.clone()
-        super().adjust_weights(step, state)
+    @property
+    def reader(self) -> Noted:
+        return Noted(self.tau, renormalise=self.renormalise)
+
+    def observe(self, step: DecodeStep, state: Any) -> None:
         seen.append(step.layer)
-        for row, new in zip(before.flatten(0, 2), step.weights.flatten(0, 2), strict=True):
+        for row, new in zip(before.pop().flatten(0, 2), step.weights.flatten(0, 2), strict=True):
             chosen = new > 0
             mass = float(row[chosen].sum())
             assert mass >= self.tau - 1e-12
@@ -147,6 +158,7 @@ class Checked(HCAttention):
 
 
 seen: list[int] = []
+before: list[Tensor] = []
 
 
 @pytest.mark.parametrize("tau", [0.3, 0.9])

@@ -191,8 +191,9 @@ class Naive:
             else:
                 query, keys = q[h, 0], [t.key for t in tokens]
             row = {t.position: float(query @ key) * scale for t, key in zip(tokens, keys, strict=True)}
+            row, mass = self.read(layer, h, row)
             weights = softmax(row)
-            out[0, h] = sum(weights[t.position] * t.value for t in tokens)
+            out[0, h] = mass * sum(weights[t.position] * t.value for t in tokens if t.position in row)
             self.rows[layer][h].append(row)
         if self.policy.evicts_while_decoding:
             for g in range(self.kv_heads):
@@ -200,6 +201,10 @@ class Naive:
                     victim = self.drop(layer, g)
                     self.cached[layer][g] = [t for t in self.cached[layer][g] if t.position != victim]
         return out
+
+    def read(self, layer: int, h: int, row: Row) -> tuple[Row, float]:
+        """The logits of what a query head attends to, and what its weights add up to."""
+        return row, 1.0
 
     def room(self, layer: int, g: int) -> int:
         """Entries that a KV head may hold."""
