@@ -96,8 +96,12 @@ def commands(inputs: Path, names: list[str], rows: Mapping[str, str]) -> Iterato
     model = ["model=local", f"model.path={inputs / 'tiny'}", "model.max_prompt_tokens=360", "wandb.mode=disabled"]
     fit = ["groups=4", "centroids=16", "samples=1", "sample_tokens=256", "jobs=1", f"output={fitted}"]
     yield ["src.calibrate|src.codebooks", *model[:2], *fit]
-    hc = f"{{name: hcattention, groups: 4, centroids: 16, codebooks: {codebooks}}}"
-    cells = ",".join(hc if name == "hcattention" else name for name in names)
+    needs = {  # beside their defaults, for a tiny model and a small budget
+        "hcattention": f"groups: 4, centroids: 16, codebooks: {codebooks}",
+        "kivi": "store: {group: 8, residual: 8}",
+        "duo_attention": "allocate: {sinks: 4, recent: 20}",
+    }
+    cells = ",".join(f"{{name: {name}, {needs[name]}}}" if name in needs else name for name in names)
     grid = [*model, f"policies=[{cells}]", "max_new_tokens=24"]
     yield [
         *("src.sweep", *grid, "budgets=[48,0.3]", f"tasks.names={TASKS}", "limit=2", "kept_over_time=4"),
