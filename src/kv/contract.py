@@ -50,17 +50,16 @@ def check_kept(kept: Any, kv_heads: int, length: int, most: int, device: torch.d
         )
     kept = kept.long()
     low, high = kept.aminmax()
-    numbers = [low, high]
-    if kept.shape[1] > 1:
-        numbers.append(kept.sort(dim=-1).values.diff(dim=-1).amin())
+    safe, entries = kept.clamp(0, length - 1), kept.numel()
+    distinct = kept.new_zeros(kv_heads, length).scatter_(1, safe, 1).sum()
 
     def judge(found: Sequence[float]) -> str:
         outside = [int(p) for p in found[:2] if not 0 <= p < length]
         if outside:
             return f"gave position {outside[0]}; expected positions from 0 to {length - 1}"
-        return "gave a position more than once; expected distinct ones" if min(found[2:], default=1) < 1 else ""
+        return "gave a position more than once; expected distinct ones" if found[2] < entries else ""
 
-    return kept.clamp(0, length - 1), Doubt("keep_prompt", torch.stack(numbers), judge)
+    return safe, Doubt("keep_prompt", torch.stack([low, high, distinct]), judge)
 
 
 def check_limit(limit: Any, kept: int, budget: int | None, grows: bool) -> int | None:
