@@ -46,6 +46,13 @@ class StreamingLLM(RankedPolicy):
     def least_budget(self) -> int:
         return self.sinks + 1
 
+    def keep_prompt(self, prompt: PromptAttention, budget: int) -> Tensor:
+        """As `rank_prompt` says, without a sort."""
+        positions = keep_all(prompt)
+        if prompt.length <= budget:
+            return positions
+        return torch.cat([positions[:, : self.sinks], positions[:, prompt.length - budget + self.sinks :]], dim=-1)
+
     def rank_prompt(self, prompt: PromptAttention, budget: int) -> Tensor:
         positions = keep_all(prompt)
         return positions.float().masked_fill(positions < self.sinks, torch.inf)
