@@ -65,28 +65,18 @@ def never_ending(wanted: Request, loaded: LoadedModel) -> Request:
     )
 
 
-@pytest.fixture
-def lower_third(loaded: LoadedModel) -> Iterator[LoadedModel]:
-    """Its first ten layers, for a third of the time; all thirty answer in a wave in the test above."""
-    layers, count = loaded.model.model.layers, loaded.model.config.num_hidden_layers
-    loaded.model.model.layers, loaded.model.config.num_hidden_layers = layers[:10], 10
-    yield loaded
-    loaded.model.model.layers, loaded.model.config.num_hidden_layers = layers, count
-
-
-@pytest.mark.parametrize("name", PROMPTS[:2])
-def test_cells_together_are_the_cells_alone(name: str, lower_third: LoadedModel) -> None:
+def test_cells_together_are_the_cells_alone(loaded: LoadedModel) -> None:
     variants = [make_cell(policy_config(name, 0), budget).variant for name, budget in CELLS]
-    wanted, other = (request(each, lower_third, 24) for each in (name, PROMPTS[2]))
-    jobs = [Job(wanted, variants), Job(other, variants[:2])]
-    together = {id(g.variant): g for g in Engine(lower_third.model, 32).run(jobs) if g.request is wanted}
-    alone = Engine(lower_third.model, 1)
-    for variant in variants:
-        (single,) = alone.run([Job(wanted, [variant])])
-        shared = together[id(variant)]
-        assert len(single.tokens) == 24 and single.tokens == shared.tokens, (name, variant)
-        for a, b in zip(single.kept_end, shared.kept_end, strict=True):
-            assert torch.equal(a, b)
+    jobs = [Job(request(name, loaded, 24), variants) for name in PROMPTS[:2]]
+    together = {(g.request.name, id(g.variant)): g for g in Engine(loaded.model, 32).run(jobs)}
+    alone = Engine(loaded.model, 1)
+    for job in jobs:
+        for variant in variants:
+            (single,) = alone.run([Job(job.request, [variant])])
+            shared = together[job.request.name, id(variant)]
+            assert single.tokens == shared.tokens, (job.request.name, variant)
+            for a, b in zip(single.kept_end, shared.kept_end, strict=True):
+                assert torch.equal(a, b)
 
 
 def test_a_run_finds_the_needle(tmp_path: Path) -> None:
