@@ -91,9 +91,9 @@ class Evictions:
         wrong = safe != given
         if room < cache.slots and any(refusing):
             wrong |= (safe >= room) & (safe < cache.slots)
-        lacks = cache.lacks(safe)
-        if lacks is not None:
-            wrong |= lacks
+        lacking = cache.lacking()
+        if lacking is not None:
+            wrong |= F.pad(lacking, (0, 1)).gather(-1, safe[..., None])[..., 0]
         lowest = torch.zeros(wrong.shape, device=wrong.device).masked_fill_(wrong, torch.inf)
         self._note(Eviction(layer, lowest, given, f"a slot from 0 to {room - 1}"), cache, room)
         return safe

@@ -36,10 +36,8 @@ class LayerCache:
         self.keys, self.values, self.positions = keys, values, positions
         self.used, self.limit = list(used), limit
         self.most_used = list(used)
-        self.entry_steps, self.full_steps = (
-            [0] * len(self.used),
-            0,
-        )  # `byte_steps`, in entries; steps while all are full
+        self.entry_steps = [0] * len(self.used)  # entries held, summed over the steps in which some lane had room
+        self.full_steps = 0  # the other steps
         self.filled = torch.tensor(self.used, device=keys.device)  # `used`, where kernels can read it
         self.mask = self._mask()
         self._grid = self._lanes_by_heads()
@@ -131,10 +129,6 @@ class LayerCache:
     def filled_by_head(self) -> Tensor:
         """Entries of every lane and KV head, `(lanes, kv_heads)`, where kernels can read them."""
         return self.filled[:, None].expand(-1, self.positions.shape[1])
-
-    def lacks(self, slot: Tensor) -> Tensor | None:
-        """Where a slot `(lanes, kv_heads)` is one that other heads have and this one never will; None: nowhere."""
-        return None
 
     def keys_of(self, lanes: slice) -> Tensor:
         """Cached keys of some lanes, `(lanes, kv_heads, slots, head_dim)`."""

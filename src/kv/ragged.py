@@ -174,9 +174,6 @@ class RaggedCache(LayerCache):
     def filled_by_head(self) -> Tensor:
         return self.filled
 
-    def lacks(self, slot: Tensor) -> Tensor | None:
-        return (slot >= self.filled) & (slot < self.slots) if self.limit is not None else None
-
     def keys_of(self, lanes: slice) -> Tensor:
         """Made anew at every call: all slots of all lanes, decoded and padded."""
         count, heads, slots = self.positions.shape

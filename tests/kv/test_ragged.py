@@ -145,9 +145,8 @@ def test_at_capacity_against_one_list_per_head(may_refuse: bool, dtype: torch.dt
         if may_refuse:
             refused = torch.rand(counts.shape, generator=draw) < 0.3
             victims = victims.masked_fill(refused, cache.slots)
-        lacking = cache.lacks(victims + 1)
-        assert lacking is not None
-        assert torch.equal(lacking, (victims + 1 == counts) & (victims + 1 < cache.slots))
+        lacking = cache.lacking()
+        assert lacking is not None and torch.equal(lacking, torch.arange(cache.slots) >= counts[..., None])
         cache.write(cache.place(victims, cache.limit), key, value, position, cache.limit, may_refuse)
         for i, of_lane in enumerate(heads):
             for h, tokens in enumerate(of_lane):
