@@ -45,7 +45,7 @@ def choices(group: str) -> str:
     names = hydra.config_loader.get_group_options(group) if hydra else []
     listed = ", ".join(name for name in names if not name.startswith("_")) or "none"
     return textwrap.fill(
-        listed, 100, initial_indent=f"  {group:11}", subsequent_indent=" " * 13, break_on_hyphens=False
+        listed, 100, initial_indent=f"  {group:16}", subsequent_indent=" " * 18, break_on_hyphens=False
     )
 
 
