@@ -8,44 +8,27 @@ import torch
 from torch import Tensor
 
 from policies.full import Full
-from policies.kvzip import Globally, KVzip, Repetition, Words
+from policies.kvzip import Globally, KVzip, Repetition
 from policies.oracle import Oracle
 from policies.snapkv import SnapKV
 from src.engine.engine import Engine
 from src.engine.memory import allocated_peak
-from src.engine.request import Generation, Job, Request, Variant
-from src.engine.sequels import Seen, SequelReader, attend_after
+from src.engine.request import Job, Variant
+from src.engine.sequels import Seen, attend_after
 from src.kv.prompt import BLOCK_ELEMENTS, PromptAttention
 from src.kv.sequel import Sequel
 from tests.support import naive
 from tests.support.allotting import prompt
-from tests.support.tiny import tiny, tokens
+from tests.support.sequels import WORDS, ask, read, run
+from tests.support.tiny import tiny
 from tests.support.watch import logits_of
 
 one_thread = pytest.fixture(scope="module", autouse=True)(naive.one_thread)
-
-WORDS = Words((5, 6, 7), (8, 9), (3,))
 
 
 @pytest.fixture(scope="module")
 def llama() -> Any:
     return tiny("llama", torch.float64)
-
-
-def ask(n: int, **more: Any) -> Request:
-    return Request(f"{n}", tokens(n, seed=n)[0].tolist(), frozenset(), more.pop("max_new_tokens", 4), **more)
-
-
-def read(model: Any, request: Request, *policies: Any) -> Seen:
-    engine = Engine(model, 64)
-    with torch.inference_mode():
-        reader = SequelReader(model, engine.memory, engine._full_answer, engine.lengths.refusal)
-        return reader.read(Job(request, [Variant(policy, 12) for policy in policies]))
-
-
-def run(model: Any, request: Request, *variants: Variant) -> list[Generation]:
-    done = {generation.variant: generation for generation in Engine(model, 64).run([Job(request, variants)])}
-    return [done[variant] for variant in variants]
 
 
 def test_the_last_rows_of_a_text_attend_to_all_before_them() -> None:

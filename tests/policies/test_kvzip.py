@@ -10,39 +10,21 @@ import torch
 from policies.full import Full
 from policies.kvzip import Globally, KVzip, Words
 from src.config.binding import shape_of
-from src.engine.engine import Engine
-from src.engine.request import Generation, Job, Request, Variant
-from src.engine.sequels import Seen, SequelReader
+from src.engine.request import Variant
 from tests.support import naive
 from tests.support.cli import call, lines
 from tests.support.naive import Naive, softmax
-from tests.support.tiny import tiny, tiny_loaded, tokens
+from tests.support.sequels import WORDS, ask, read, run
+from tests.support.tiny import tiny, tiny_loaded
 
 one_thread = pytest.fixture(scope="module", autouse=True)(naive.one_thread)
 
-WORDS = Words((5, 6, 7), (8, 9), (3,))
 Scores = list[list[list[float]]]  # [layer][KV head][token]
 
 
 @pytest.fixture(scope="module")
 def llama() -> Any:
     return tiny("llama", torch.float64)
-
-
-def ask(n: int, **more: Any) -> Request:
-    return Request(f"{n}", tokens(n, seed=n)[0].tolist(), frozenset(), more.pop("max_new_tokens", 4), **more)
-
-
-def read(model: Any, request: Request, *policies: Any) -> Seen:
-    engine = Engine(model, 64)
-    with torch.inference_mode():
-        reader = SequelReader(model, engine.memory, engine._full_answer, engine.lengths.refusal)
-        return reader.read(Job(request, [Variant(policy, 12) for policy in policies]))
-
-
-def run(model: Any, request: Request, *variants: Variant) -> list[Generation]:
-    done = {generation.variant: generation for generation in Engine(model, 64).run([Job(request, variants)])}
-    return [done[variant] for variant in variants]
 
 
 def naive_scores(model: Any, ids: list[int], policy: KVzip, everything: bool = False) -> Scores:
