@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from policies.ahakv import AhaKV, softmax_with_gain, solve_entropy
-from policies.base import Policy, lowest_slot
+from policies.base import Policy, RankedPolicy, lowest_slot
 from policies.full import Full
 from policies.h2o import H2O
 from policies.snapkv import SnapKV, pool, pool_cached
@@ -185,6 +185,13 @@ def test_kept_positions_are_ascending_distinct_and_within_budget(policy: Policy,
     assert (kept[:, -1] == n - 1).all()
     state = policy.start(p, kept, 40)
     assert all(tensor.shape[0] == KV_HEADS and tensor.shape[-1] == size for tensor in state.slots.values())
+
+
+@pytest.mark.parametrize("budget", [5, 12, N - 1, N, N + 9])
+@pytest.mark.parametrize("sinks", [0, 4])
+def test_streaming_llm_keeps_what_its_order_says(sinks: int, budget: int) -> None:
+    p, policy = prompt(), StreamingLLM(sinks=sinks)
+    assert torch.equal(policy.keep_prompt(p, budget), RankedPolicy.keep_prompt(policy, p, budget))
 
 
 def test_heads_choose_for_themselves_except_in_streaming_llm() -> None:
