@@ -192,7 +192,9 @@ def with_parts(name: str, settings: Mapping[str, Any]) -> str:
     A part that the policy's own file brings has no name there: it is in the policy's.
     """
     parts = [settings[part] for part in PARTS if isinstance(settings.get(part), Mapping)]
-    return "+".join([name, *(str(part["name"]) for part in parts if "name" in part and f"+{part['name']}" not in name)])
+    names = [str(part["name"]) for part in parts if "name" in part]
+    there = name.split("+")[1:]  # settings that were recorded have the whole name
+    return "+".join([name, *(part for part in names if part not in there)])
 
 
 def chosen_policy() -> str:
